@@ -1,0 +1,140 @@
+# Bulkhead. Every target makes what it needs, given Python 3.11 or newer with pip; `make` alone lists them.
+
+.DEFAULT_GOAL := help
+.ONESHELL:
+.SHELLFLAGS := -ec
+.PHONY: up down reset test test-long check bench lock help anew
+
+BIN := .venv/bin
+
+# The first Python that is new enough and can make a venv; failing that, one that is only new enough, so
+# that the message can say what it lacks. An interpreter is asked, not believed: a pyenv shim may be empty.
+PYTHON ?= $(shell \
+  for modules in 'sys, ensurepip' sys; do \
+    for python in python3.13 python3.12 python3.11 python3; do \
+      $$python -c "import $$modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo $$python; exit; }; \
+    done; \
+  done)
+
+# A stamp is named after the pins that it stands for, so that a file time can never mislead.
+stamp = .venv/pins-$(1)-$(firstword $(shell cat $(2) | sha256sum | cut -c1-16))
+RUNTIME := $(call stamp,base,requirements/base.txt)
+TOOLS := $(call stamp,dev,requirements/base.txt requirements/dev.txt)
+
+# Wheels only: building from source would fetch build tools that nothing pins. The pins are complete, so that
+# there is nothing to resolve.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --only-binary :all: --no-deps --require-hashes -r
+
+GOAL := $(firstword $(MAKECMDGOALS) $(.DEFAULT_GOAL))
+
+define choose_python
+python='$(PYTHON)'
+fail() { printf '%s\n' "$$@" >&2; exit 1; }
+[ -n "$$python" ] || fail \
+  'Bulkhead needs Python 3.11 or newer, and no python3.13, python3.12, python3.11 or python3 here is one.' \
+  'Install it, or name it: make $(GOAL) PYTHON=/path/to/python3.11'
+"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || fail \
+  "Bulkhead needs Python 3.11 or newer, and $$python is not one." \
+  'Name another: make $(GOAL) PYTHON=/path/to/python3.11'
+version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+"$$python" -c 'import ensurepip' 2>/dev/null || fail \
+  "$$python cannot make a virtual environment: its venv module is not installed." \
+  "On Debian and Ubuntu: apt-get install python$$version-venv"
+endef
+
+# A venv that holds other pins, or whose Python has gone, is made anew; a half-made one is completed.
+define install
+exec 9<Makefile
+flock 9  # two makes at once: the second finds the work done
+if [ -e '$@' ] && [ -x $(BIN)/python ]; then exit 0; fi
+others=$$(find .venv -maxdepth 1 -name 'pins-*' ! -path '$(RUNTIME)' ! -path '$(TOOLS)' 2>/dev/null) || :
+if [ -n "$$others" ] || ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+then
+  $(choose_python)
+  "$$python" -m venv --clear .venv
+fi
+count=$$(grep -c '==' requirements/$(1).txt)
+echo "Installing the $$count packages of requirements/$(1).txt into .venv; once, about a minute."
+$(BIN)/python $(PIP_INSTALL) requirements/$(1).txt
+touch '$(RUNTIME)' '$@'
+endef
+
+# A stamp is worth nothing once the Python under the venv has gone.
+$(RUNTIME) $(TOOLS): $(if $(shell [ -x $(BIN)/python ] && echo sound),,anew)
+anew:
+
+$(RUNTIME):
+	@$(call install,base)
+
+$(TOOLS):
+	@$(call install,dev)
+
+up: $(RUNTIME)  ## Start everything on this machine, with two demo tenants; Ctrl-C stops it
+	@exec $(BIN)/python -m app.cli up
+
+down: $(RUNTIME)  ## Stop what `make up` started
+	@exec $(BIN)/python -m app.cli down
+
+reset: $(RUNTIME)  ## Delete all data of this machine's Bulkhead; asks first, unless YES=1
+	@exec $(BIN)/python -m app.cli reset $(if $(filter 1,$(YES)),--yes)
+
+test: $(TOOLS)  ## Run the tests, with samples of the long ones
+	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
+
+# One test is one piece. What has passed for this seed and these sources is not run again.
+SEED ?= $(shell date -u +%Y%m%d)
+test-long: $(TOOLS)  ## Run the full counts, in pieces under ten minutes; resumes; SEED=n repeats one
+	@sources=$$(find app migrations tests requirements pyproject.toml -type f ! -name '*.pyc' | \
+	  LC_ALL=C sort | xargs cat | sha256sum | cut -c1-16)
+	state=".pytest_cache/long/$(SEED)-$$sources"
+	mkdir -p "$$state"
+	$(BIN)/python -m pytest -m long --collect-only --quiet > "$$state/collected" || [ $$? = 5 ] || { cat "$$state/collected"; exit 1; }
+	echo "seed $(SEED): $$(grep -c '::' "$$state/collected" || :) pieces, recorded in $$state"
+	failed=0
+	while IFS= read -r piece <&3; do
+	  case $$piece in *::*) ;; *) continue ;; esac
+	  passed="$$state/$$(printf %s "$$piece" | sha256sum | cut -c1-16)"
+	  [ ! -e "$$passed" ] || { echo "passed before: $$piece"; continue; }
+	  if TEST_SEED=$(SEED) timeout --foreground --kill-after=10 600 \
+	    $(BIN)/python -m pytest --timeout=570 --hypothesis-seed=$(SEED) "$$piece"
+	  then touch "$$passed"; else failed=1; echo "FAILED: $$piece"; fi
+	done 3< "$$state/collected"
+	exit $$failed
+
+# The same commands, in the same order, as .pre-commit-config.yaml.
+check: $(TOOLS)  ## Lint, format, types, import contracts, dependencies, dead code
+	@set -x
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry app migrations
+	$(BIN)/vulture
+
+bench: $(TOOLS)  ## Run every command in benchmarks/
+	@for file in $$(grep -l '__name__ == "__main__"' benchmarks/*.py 2>/dev/null); do
+	  name=$$(basename "$$file" .py)
+	  echo "== $$name"
+	  $(BIN)/python -m "benchmarks.$$name"
+	done
+
+lock:  ## Pin all requirements again, with hashes; what still fits stays, unless UPGRADE=1
+	@$(choose_python)
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	"$$python" -m venv "$$work/venv"
+	"$$work/venv/bin/python" $(PIP_INSTALL) requirements/uv.txt
+	cp requirements/*.in requirements/*.txt "$$work"
+	for name in base dev uv; do
+	  echo "Pinning requirements/$$name.txt"
+	  ( cd "$$work" && UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 venv/bin/uv pip compile --quiet --universal \
+	    --python venv/bin/python --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	    $(if $(filter 1,$(UPGRADE)),--upgrade) --output-file $$name.txt $$name.in )
+	done
+	! grep -Hn '://' "$$work"/*.txt || fail 'These lines carry an address; nothing was written.'
+	cp "$$work"/*.txt requirements/
+	git --no-pager diff --stat -- requirements
+	git --no-pager diff --unified=0 -- requirements | sed -n 's/^\([-+][a-z0-9][^ ]*==[^ ]*\).*/\1/p' | sort -u -k1.2
+
+help:  ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile

@@ -1,0 +1,91 @@
+"""One tree of settings, the only reader of the environment. Every field stands in .env.example."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+# mcp-use would send queries and answers to two hosts, langsmith traces: both decide when they are imported.
+_SILENCED: Final = {
+    "MCP_USE_ANONYMIZED_TELEMETRY": "false",
+    "LANGSMITH_TRACING": "false",
+    "LANGSMITH_TRACING_V2": "false",
+    "LANGCHAIN_TRACING_V2": "false",
+}
+os.environ.update(_SILENCED)
+
+
+class Settings(BaseSettings):
+    """What an operator may set: `BULKHEAD_<FIELD>` in the environment or in `.env`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BULKHEAD_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    # Where workspaces, keys and the embedded Postgres live.
+    data_dir: Path = Path(".bulkhead")
+    # Demo tenants, the rehearsal model and the development issuer; `bulkhead up` turns it on.
+    demo: bool = False
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
+    # How long a run goes on after its client has gone, in seconds.
+    client_grace_s: Annotated[float, Field(ge=0)] = 30
+
+    # postgresql+asyncpg:// URLs of the three roles; without them `bulkhead up` starts its own Postgres.
+    database_owner_url: SecretStr | None = None
+    database_app_url: SecretStr | None = None
+    database_platform_url: SecretStr | None = None
+    database_pool: Annotated[int, Field(ge=2, le=200)] = 16
+
+    # `id:base64url(32 bytes)[,id:...]`; the first is the active one, the others still open what they sealed.
+    root_keys: SecretStr | None = None
+    metrics_token: SecretStr | None = None
+
+    # The catalogue's entry `default`: any OpenAI-compatible endpoint.
+    model_base_url: str = "https://api.openai.com/v1"
+    model_api_key: SecretStr | None = None
+    model_names: Annotated[tuple[str, ...], NoDecode] = ("gpt-4.1-mini",)
+    model_timeout_s: Annotated[float, Field(gt=0)] = 60
+    model_retries: Annotated[int, Field(ge=0, le=10)] = 2
+    # Lets model endpoints and key sets live on loopback: for the demo, tests and a local model.
+    outbound_loopback: bool = False
+
+    sandbox: Literal["auto", "bubblewrap"] = "auto"
+    servers_max: Annotated[int, Field(ge=1)] = 64
+    servers_idle_s: Annotated[float, Field(gt=0)] = 300
+    server_start_timeout_s: Annotated[float, Field(gt=0)] = 20
+    tool_timeout_s: Annotated[float, Field(gt=0)] = 30
+
+    workspace_max_file_bytes: Annotated[int, Field(ge=1)] = 10_000_000
+    workspace_max_bytes: Annotated[int, Field(ge=1)] = 1_000_000_000
+    workspace_max_files: Annotated[int, Field(ge=1)] = 10_000
+
+    # How long a run outlives the last sign of its process, in seconds, by the database's clock.
+    run_lease_s: Annotated[float, Field(ge=2)] = 6
+    # How often stop orders for runs in flight are read, in seconds.
+    run_watch_s: Annotated[float, Field(gt=0, le=0.5)] = 0.3
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # Puts user ids on metrics; off, since every user is a series of its own.
+    metrics_user_labels: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_names(cls, values: dict[str, object]) -> dict[str, object]:
+        names = values.get("model_names")
+        if isinstance(names, str):
+            values = values | {"model_names": tuple(part.strip() for part in names.split(",") if part.strip())}
+        return values
+
+    @model_validator(mode="after")
+    def _all_urls_or_none(self) -> Self:
+        urls = (self.database_owner_url, self.database_app_url, self.database_platform_url)
+        if any(urls) and not (self.database_app_url and self.database_platform_url):
+            raise ValueError("DATABASE_APP_URL and DATABASE_PLATFORM_URL go together")
+        return self
