@@ -1,0 +1,68 @@
+"""The vocabulary of the audit record, and the canonical text of an event."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+SCHEMA_VERSION: Final = 1
+
+
+class EventType(StrEnum):
+    """Every kind of event; a name is never reused for another meaning."""
+
+    TENANT_CREATED = "tenant.created"
+    TENANT_DISABLED = "tenant.disabled"
+    TENANT_ENABLED = "tenant.enabled"
+    USER_CREATED = "user.created"
+    USER_DISABLED = "user.disabled"
+    USER_ENABLED = "user.enabled"
+    KEY_CREATED = "key.created"
+    KEY_ROTATED = "key.rotated"
+    KEY_REVOKED = "key.revoked"
+    ISSUER_REGISTERED = "issuer.registered"
+    ISSUER_REMOVED = "issuer.removed"
+    AUTH_FAILED = "auth.failed"
+    POLICY_CREATED = "policy.created"
+    POLICY_PUBLISHED = "policy.published"
+    SWITCH_ENGAGED = "switch.engaged"
+    SWITCH_LIFTED = "switch.lifted"
+    WORKSPACE_FILE_WRITTEN = "workspace.file_written"
+    WORKSPACE_FILE_DELETED = "workspace.file_deleted"
+    RATE_LIMITED = "rate_limit.exceeded"
+    QUERY_RECEIVED = "query.received"
+    QUERY_SCREENED = "query.screened"
+    RUN_STARTED = "run.started"
+    RUN_FINISHED = "run.finished"
+    TOOL_DECIDED = "tool.decided"
+    TOOL_FINISHED = "tool.finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened. `data` holds ids, names of our own and keyed hashes, never a text of a user or a tool."""
+
+    type: EventType
+    actor_id: UUID | None = None
+    run_id: UUID | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def canonical(event: Event, *, id: UUID, tenant_id: UUID, at: datetime) -> str:  # noqa: A002  the field's own name
+    """The text that is stored, hashed and exported: JSON with sorted keys, no spaces, times in UTC with Z."""
+    body = {
+        "id": str(id),
+        "tenant_id": str(tenant_id),
+        "at": at.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "type": event.type.value,
+        "schema_version": SCHEMA_VERSION,
+        "actor_id": str(event.actor_id) if event.actor_id else None,
+        "run_id": str(event.run_id) if event.run_id else None,
+        "data": event.data,
+    }
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)

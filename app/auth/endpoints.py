@@ -1,0 +1,241 @@
+"""Routes of credentials: API keys and trusted issuers of the caller's tenant."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+from app.auth import repository, service
+from app.auth.dependencies import Paging, TheCursors, TheDatabase, TheKeyring, requires
+from app.auth.models import ApiKey, Issuer
+from app.caller import Caller
+from app.problems import responses
+from app.scopes import Scope
+
+router = APIRouter(tags=["credentials"])
+KeyReader = Annotated[Caller, Depends(requires(Scope.KEYS_READ))]
+KeyWriter = Annotated[Caller, Depends(requires(Scope.KEYS_WRITE))]
+IssuerReader = Annotated[Caller, Depends(requires(Scope.ISSUERS_READ))]
+IssuerWriter = Annotated[Caller, Depends(requires(Scope.ISSUERS_WRITE))]
+
+
+class KeyIn(BaseModel):
+    """A key for a user of the tenant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: UUID
+    name: str = Field(min_length=1, max_length=100)
+    expires_at: AwareDatetime | None = None
+
+
+class RotateIn(BaseModel):
+    """How long the old key goes on beside its successor, in seconds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap_s: int = Field(default=3600, ge=0, le=30 * 86400)
+
+
+class NewKeyOut(BaseModel):
+    """A key as it is shown this once."""
+
+    id: UUID
+    key: str
+    expires_at: datetime | None
+
+
+class KeyOut(BaseModel):
+    """A key without its text. `last_used_at` is exact to the minute."""
+
+    id: UUID
+    user_id: UUID
+    name: str
+    prefix: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+    @classmethod
+    def of(cls, key: ApiKey) -> Self:
+        """From its row."""
+        return cls(
+            id=key.id,
+            user_id=key.user_id,
+            name=key.name,
+            prefix=f"bh_{key.lookup}",
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            revoked_at=key.revoked_at,
+            last_used_at=key.last_used_at,
+        )
+
+
+class KeysOut(BaseModel):
+    """A page of keys, in the order of their making."""
+
+    items: list[KeyOut]
+    next_cursor: str | None
+
+
+class IssuerIn(BaseModel):
+    """An OIDC issuer with its keys: by an https URL, or the JWK set itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    issuer: str = Field(min_length=1, max_length=255)
+    jwks_uri: str | None = Field(default=None, pattern=r"^https?://", max_length=2000)
+    jwks: dict[str, Any] | None = None
+    role_claim: str | None = Field(default=None, min_length=1, max_length=100)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.jwks is None) == (self.jwks_uri is None):
+            raise ValueError("give either jwks_uri or jwks")
+        return self
+
+
+class IssuerOut(BaseModel):
+    """A trusted issuer. Its tokens must carry `audience`."""
+
+    id: UUID
+    issuer: str
+    audience: str
+    jwks_uri: str | None
+    role_claim: str | None
+
+    @classmethod
+    def of(cls, issuer: Issuer) -> Self:
+        """From its row."""
+        return cls(
+            id=issuer.id,
+            issuer=issuer.issuer,
+            audience=issuer.audience,
+            jwks_uri=issuer.jwks_uri,
+            role_claim=issuer.role_claim,
+        )
+
+
+class IssuersOut(BaseModel):
+    """All trusted issuers of the tenant."""
+
+    items: list[IssuerOut]
+
+
+@router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 422))
+async def create_key(body: KeyIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring) -> NewKeyOut:
+    """Its text is in this answer and nowhere else."""
+    return await _create_key(database, keyring, caller.tenant_id, body, caller)
+
+
+@router.post(
+    "/v1/tenants/{tenant_id}/keys",
+    status_code=201,
+    summary="Make an API key for a user of a tenant",
+    responses=responses(401, 403, 404, 422),
+)
+async def create_tenant_key(
+    tenant_id: UUID,
+    body: KeyIn,
+    caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))],
+    database: TheDatabase,
+    keyring: TheKeyring,
+) -> NewKeyOut:
+    """Acting for the tenant: the event stands in its record, with the platform's admin as the actor."""
+    return await _create_key(database, keyring, tenant_id, body, caller)
+
+
+@router.get("/v1/keys", summary="List API keys", responses=responses(401, 403, 422))
+async def list_keys(
+    caller: KeyReader,
+    database: TheDatabase,
+    cursors: TheCursors,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: str | None = None,
+) -> KeysOut:
+    """Never with their texts, which are not kept."""
+    paging = Paging(caller, cursors, "keys", cursor)
+    async with database.transaction(caller.tenant_id) as session:
+        found = await repository.list_keys(session, after=paging.id, limit=limit)
+    next_cursor = paging.next(found[-1].id if found else "", is_full=len(found) == limit)
+    return KeysOut(items=[KeyOut.of(key) for key in found], next_cursor=next_cursor)
+
+
+@router.post(
+    "/v1/keys/{key_id}/rotate",
+    status_code=201,
+    summary="Make a key's successor",
+    responses=responses(401, 403, 404, 409, 422),
+)
+async def rotate_key(
+    key_id: UUID, body: RotateIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring
+) -> NewKeyOut:
+    """Both are valid until the overlap is over."""
+    ends_at = datetime.now(UTC) + timedelta(seconds=body.overlap_s)
+    async with database.transaction(caller.tenant_id) as session:
+        new = await service.rotate_key(session, keyring, caller, key_id, old_ends_at=ends_at)
+    return NewKeyOut(id=new.id, key=new.text, expires_at=new.expires_at)
+
+
+@router.delete(
+    "/v1/keys/{key_id}", status_code=204, summary="Revoke an API key", responses=responses(401, 403, 404, 422)
+)
+async def revoke_key(key_id: UUID, caller: KeyWriter, database: TheDatabase) -> None:
+    """For good and at once: runs in flight of this key are cancelled within a second."""
+    async with database.transaction(caller.tenant_id) as session:
+        await service.revoke_key(session, caller, key_id)
+
+
+@router.post("/v1/issuers", status_code=201, summary="Trust an OIDC issuer", responses=responses(401, 403, 409, 422))
+async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDatabase) -> IssuerOut:
+    """Its tokens must carry the audience in the answer, which is this tenant's alone."""
+    async with database.transaction(caller.tenant_id) as session:
+        issuer_id = await service.register_issuer(
+            session,
+            caller,
+            issuer=body.issuer,
+            jwks_document=body.jwks,
+            jwks_uri=body.jwks_uri,
+            role_claim=body.role_claim,
+        )
+        return next(IssuerOut.of(row) for row in await repository.list_issuers(session) if row.id == issuer_id)
+
+
+@router.get("/v1/issuers", summary="List trusted issuers", responses=responses(401, 403))
+async def list_issuers(caller: IssuerReader, database: TheDatabase) -> IssuersOut:
+    """Of the caller's tenant."""
+    async with database.transaction(caller.tenant_id) as session:
+        return IssuersOut(items=[IssuerOut.of(row) for row in await repository.list_issuers(session)])
+
+
+@router.delete(
+    "/v1/issuers/{issuer_id}",
+    status_code=204,
+    summary="Trust an issuer no longer",
+    responses=responses(401, 403, 404, 422),
+)
+async def remove_issuer(issuer_id: UUID, caller: IssuerWriter, database: TheDatabase) -> None:
+    """From the next request on."""
+    async with database.transaction(caller.tenant_id) as session:
+        await service.remove_issuer(session, caller, issuer_id)
+
+
+async def _create_key(
+    database: TheDatabase, keyring: TheKeyring, tenant_id: UUID, body: KeyIn, caller: Caller
+) -> NewKeyOut:
+    async with database.transaction(tenant_id) as session:
+        new = await service.create_key(
+            session,
+            keyring,
+            tenant_id,
+            user_id=body.user_id,
+            name=body.name,
+            expires_at=body.expires_at,
+            actor_id=caller.user_id,
+        )
+    return NewKeyOut(id=new.id, key=new.text, expires_at=new.expires_at)

@@ -1,0 +1,148 @@
+"""Reads and writes credentials. Looking one up crosses tenants, so it runs as the platform role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.auth.models import ApiKey, Issuer
+from app.errors import NotFound
+from app.keyring import Mac
+
+# Plain SQL, since a domain's tables are imported by that domain alone.
+_FIND_KEY: Final = text("""
+select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, u.role, t.generation,
+       k.revoked_at is null and coalesce(k.expires_at > now(), true) as is_valid,
+       coalesce(k.last_used_at < now() - interval '1 minute', true) as is_use_unnoted,
+       u.disabled_at is null and t.status = 'active' as is_active
+from api_keys k
+join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
+join tenants t on t.id = k.tenant_id
+where k.lookup = :lookup
+""")
+_FIND_SUBJECT: Final = text("""
+select u.id, u.role, t.generation, u.disabled_at is null and t.status = 'active' as is_active
+from users u join tenants t on t.id = u.tenant_id
+where u.tenant_id = :tenant_id and u.issuer = :issuer and u.subject = :subject
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose credential it is, and whether that user and tenant may act now."""
+
+    tenant_id: UUID
+    user_id: UUID
+    role: str
+    is_active: bool
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key's row with its holder. `is_valid` is false once it has expired or been revoked."""
+
+    id: UUID
+    mac: Mac = field(repr=False)
+    holder: Holder
+    is_valid: bool
+    is_use_unnoted: bool
+
+
+async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
+    """Platform role: the key, its user and its tenant as of now, in one statement."""
+    row = (await session.execute(_FIND_KEY, {"lookup": lookup})).one_or_none()
+    if row is None:
+        return None
+    holder = Holder(row.tenant_id, row.user_id, row.role, is_active=row.is_active, generation=row.generation)
+    return StoredKey(
+        row.id, Mac(row.mac_key_id, row.mac), holder, is_valid=row.is_valid, is_use_unnoted=row.is_use_unnoted
+    )
+
+
+async def note_use(session: AsyncSession, key: StoredKey) -> None:
+    """Platform role: keep when a key was last used, to the minute."""
+    await session.execute(
+        update(ApiKey)
+        .where(ApiKey.tenant_id == key.holder.tenant_id, ApiKey.id == key.id)
+        .values(last_used_at=func.now())
+    )
+
+
+async def find_issuer(session: AsyncSession, issuer: str, audiences: Sequence[str]) -> Issuer | None:
+    """Platform role: the registration for one of the token's audiences; None where none or several match."""
+    query = select(Issuer).where(Issuer.issuer == issuer, Issuer.audience.in_(audiences)).limit(2)
+    found = (await session.scalars(query)).all()
+    return found[0] if len(found) == 1 else None
+
+
+async def find_subject(session: AsyncSession, tenant_id: UUID, issuer: str, subject: str) -> Holder | None:
+    """Platform role: the user whom a token's subject is, as of now."""
+    names = {"tenant_id": tenant_id, "issuer": issuer, "subject": subject}
+    row = (await session.execute(_FIND_SUBJECT, names)).one_or_none()
+    if row is None:
+        return None
+    return Holder(tenant_id, row.id, row.role, is_active=row.is_active, generation=row.generation)
+
+
+async def is_tenant_active(session: AsyncSession, tenant_id: UUID) -> bool:
+    """Platform role: as of now."""
+    status = await session.scalar(text("select status from tenants where id = :id"), {"id": tenant_id})
+    return bool(status == "active")
+
+
+async def insert_key(session: AsyncSession, tenant_id: UUID, key_id: UUID, **values: Any) -> None:
+    """Raise IntegrityError for a user who is not there."""
+    await session.execute(insert(ApiKey).values(tenant_id=tenant_id, id=key_id, **values))
+
+
+async def get_key(session: AsyncSession, key_id: UUID) -> ApiKey:
+    """Raise NotFound."""
+    key = await session.scalar(select(ApiKey).where(ApiKey.id == key_id))
+    if key is None:
+        raise NotFound
+    return key
+
+
+async def list_keys(session: AsyncSession, *, after: UUID | None, limit: int) -> Sequence[ApiKey]:
+    """In the order of their making."""
+    query = select(ApiKey).order_by(ApiKey.id).limit(limit)
+    return (await session.scalars(query if after is None else query.where(ApiKey.id > after))).all()
+
+
+async def revoke_key(session: AsyncSession, key_id: UUID) -> None:
+    """For good; a second time changes nothing."""
+    await session.execute(
+        update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=func.coalesce(ApiKey.revoked_at, func.now()))
+    )
+
+
+async def expire_key(session: AsyncSession, key_id: UUID, at: datetime) -> None:
+    """Let a key end at `at`, unless it ends before."""
+    ends = func.least(func.coalesce(ApiKey.expires_at, at), at)
+    await session.execute(update(ApiKey).where(ApiKey.id == key_id).values(expires_at=ends))
+
+
+async def insert_issuer(session: AsyncSession, tenant_id: UUID, issuer_id: UUID, **values: Any) -> None:
+    """Raise IntegrityError for an (issuer, audience) that is registered anywhere."""
+    await session.execute(insert(Issuer).values(tenant_id=tenant_id, id=issuer_id, **values))
+
+
+async def list_issuers(session: AsyncSession) -> Sequence[Issuer]:
+    """Of the transaction's tenant."""
+    return (await session.scalars(select(Issuer).order_by(Issuer.id))).all()
+
+
+async def delete_issuer(session: AsyncSession, issuer_id: UUID) -> Issuer:
+    """Give what was deleted; raise NotFound."""
+    issuer = await session.scalar(select(Issuer).where(Issuer.id == issuer_id))
+    if issuer is None:
+        raise NotFound
+    await session.execute(delete(Issuer).where(Issuer.id == issuer_id))
+    return issuer

@@ -1,0 +1,287 @@
+"""Turns a credential into a Caller, and makes, rotates and revokes API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+import orjson
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit import repository as audit
+from app.audit.aggregate import MinuteCounts
+from app.audit.events import Event, EventType
+from app.auth import jwks, keys, repository, tokens
+from app.auth.models import Issuer
+from app.auth.repository import Holder
+from app.caller import PLATFORM_TENANT, Caller
+from app.db import Database, new_id
+from app.errors import Conflict, Unauthenticated
+from app.keyring import Keyring
+from app.platform_db import PlatformDatabase
+from app.scopes import SCOPES_OF, Role
+from app.telemetry.metrics import VIOLATIONS
+from app.tenants import repository as users
+from app.tenants import service as tenants
+
+_MAX_KEY_SETS: Final = 1_000
+
+
+class Refusal(StrEnum):
+    """Why a credential was refused: for the record, never for the caller."""
+
+    MALFORMED = "malformed"
+    UNKNOWN_KEY = "unknown_key"
+    KEY_NOT_VALID = "key_not_valid"
+    NOT_ACTIVE = "not_active"
+    UNKNOWN_ISSUER = "unknown_issuer"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
+    tenant_id: UUID = PLATFORM_TENANT
+    actor_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key as its owner sees it, once."""
+
+    id: UUID
+    text: str = field(repr=False)
+    expires_at: datetime | None = None
+
+
+class Authenticator:
+    """Checks credentials against the database as it is now: a revoked key or a disabled user ends at once."""
+
+    def __init__(
+        self, *, database: Database, platform: PlatformDatabase, keyring: Keyring, remote_keys: jwks.JwksCache
+    ) -> None:
+        self._database = database
+        self._platform = platform
+        self._keyring = keyring
+        self._remote_keys = remote_keys
+        self._inline_keys: dict[UUID, tokens.KeySet] = {}
+        self._failures: MinuteCounts[tuple[UUID, str, str]] = MinuteCounts()
+
+    async def authenticate(self, credential: str, *, address: str) -> Caller:
+        """Give the caller, or record the refusal and raise Unauthenticated, the same for every reason."""
+        key = keys.parse(credential)
+        found = await (self._by_key(key) if key else self._by_token(credential))
+        if isinstance(found, Caller):
+            return found
+        VIOLATIONS.labels("unauthenticated").inc()
+        await self._record(found, address)
+        raise Unauthenticated
+
+    async def _by_key(self, key: keys.PlainKey) -> Caller | _Refused:
+        async with self._platform.transaction() as session:
+            stored = await repository.find_key(session, key.lookup)
+            if stored is None or not keys.matches(self._keyring, key, stored=stored.mac):
+                return _Refused(Refusal.UNKNOWN_KEY)
+            holder = stored.holder
+            if not stored.is_valid:
+                return _Refused(Refusal.KEY_NOT_VALID, holder.tenant_id, holder.user_id)
+            if not holder.is_active:
+                return _Refused(Refusal.NOT_ACTIVE, holder.tenant_id, holder.user_id)
+            if stored.is_use_unnoted:
+                await repository.note_use(session, stored)
+        return _caller(holder, key_id=stored.id)
+
+    async def _by_token(self, token: str) -> Caller | _Refused:
+        try:
+            unverified = tokens.peek(token)
+            async with self._platform.transaction() as session:
+                issuer = await repository.find_issuer(session, unverified.issuer, unverified.audiences)
+            if issuer is None:
+                return _Refused(Refusal.UNKNOWN_ISSUER)
+            key_set = await self._key_set(issuer, unverified.kid)
+            trusted = tokens.TrustedIssuer(issuer.issuer, issuer.audience, key_set)
+            claims = tokens.verify(token, trusted, now=datetime.now(UTC))
+        except tokens.TokenRefused as refused:
+            return _Refused(f"{Refusal.REJECTED}:{refused.reason}")
+        holder = await self._holder(issuer, claims)
+        if holder is None or not holder.is_active:
+            return _Refused(Refusal.NOT_ACTIVE, issuer.tenant_id, holder.user_id if holder else None)
+        return _caller(holder, role=_claimed_role(issuer, claims.claims))
+
+    async def _key_set(self, issuer: Issuer, kid: str) -> tokens.KeySet:
+        if issuer.jwks_uri is not None:
+            return await self._remote_keys.key_set(issuer.jwks_uri, kid=kid)
+        if issuer.id not in self._inline_keys:
+            if len(self._inline_keys) >= _MAX_KEY_SETS:
+                self._inline_keys.clear()
+            self._inline_keys[issuer.id] = jwks.parse_jwks(issuer.jwks or {})
+        return self._inline_keys[issuer.id]
+
+    async def _holder(self, issuer: Issuer, claims: tokens.Claims) -> Holder | None:
+        """The subject's user, made on first sight with the lowest role; None in a disabled tenant."""
+        holder = await self._find_subject(issuer, claims)
+        if holder is not None:
+            return holder
+        async with self._platform.transaction() as session:
+            if not await repository.is_tenant_active(session, issuer.tenant_id):
+                return None
+        try:
+            async with self._database.transaction(issuer.tenant_id) as app_session:
+                await tenants.add_user(
+                    app_session,
+                    self._keyring,
+                    issuer.tenant_id,
+                    name=f"{claims.subject}@{claims.issuer}",
+                    role=Role.USER,
+                    actor_id=None,
+                    issuer=claims.issuer,
+                    subject=claims.subject,
+                )
+        except IntegrityError:
+            pass  # another request of the same subject was first
+        return await self._find_subject(issuer, claims)
+
+    async def _find_subject(self, issuer: Issuer, claims: tokens.Claims) -> Holder | None:
+        async with self._platform.transaction() as session:
+            return await repository.find_subject(session, issuer.tenant_id, claims.issuer, claims.subject)
+
+    async def _record(self, refused: _Refused, address: str) -> None:
+        """The first of a minute's equal refusals at once; the others are counted (see flush_failures)."""
+        if self._failures.is_first((refused.tenant_id, refused.reason, address)):
+            await self._append(refused.tenant_id, refused.actor_id, refused.reason, address, count=1)
+
+    async def flush_failures(self) -> None:
+        """Record the counts of the minutes that are over; to be called every few seconds."""
+        for (tenant_id, reason, address), count in self._failures.take_finished():
+            await self._append(tenant_id, None, reason, address, count=count)
+
+    async def _append(self, tenant_id: UUID, actor_id: UUID | None, reason: str, address: str, *, count: int) -> None:
+        data = {"reason": reason, "address": address, "count": count}
+        async with self._platform.transaction() as session:
+            await audit.append(session, tenant_id, Event(EventType.AUTH_FAILED, actor_id=actor_id, data=data))
+
+
+def _caller(holder: Holder, *, key_id: UUID | None = None, role: Role | None = None) -> Caller:
+    role = role or Role(holder.role)
+    return Caller(holder.tenant_id, holder.user_id, role, SCOPES_OF[role], generation=holder.generation, key_id=key_id)
+
+
+def _claimed_role(issuer: Issuer, claims: Mapping[str, Any]) -> Role | None:
+    """The role that the configured claim names, if it is a tenant's; never the platform's."""
+    claimed = claims.get(issuer.role_claim) if issuer.role_claim else None
+    tenant_roles = {Role.TENANT_ADMIN.value, Role.AUDITOR.value, Role.USER.value}
+    return Role(claimed) if isinstance(claimed, str) and claimed in tenant_roles else None
+
+
+async def create_key(
+    session: AsyncSession,
+    keyring: Keyring,
+    tenant_id: UUID,
+    *,
+    user_id: UUID,
+    name: str,
+    expires_at: datetime | None,
+    actor_id: UUID | None,
+) -> NewKey:
+    """Mint a key for a user of the session's tenant; raise NotFound for another's."""
+    await users.get_user(session, user_id)
+    key_id, key = new_id(), keys.mint()
+    mac = keys.fingerprint(keyring, key)
+    await repository.insert_key(
+        session,
+        tenant_id,
+        key_id,
+        user_id=user_id,
+        name=name,
+        lookup=key.lookup,
+        mac_key_id=mac.key_id,
+        mac=mac.digest,
+        expires_at=expires_at,
+    )
+    data = {"key_id": key_id, "user_id": user_id, "expires_at": expires_at}
+    await audit.append(session, tenant_id, Event(EventType.KEY_CREATED, actor_id=actor_id, data=data))
+    return NewKey(key_id, key.text, expires_at)
+
+
+async def rotate_key(
+    session: AsyncSession, keyring: Keyring, caller: Caller, key_id: UUID, *, old_ends_at: datetime
+) -> NewKey:
+    """Mint a successor; the old key goes on until `old_ends_at`. Raise NotFound or Conflict."""
+    old = await repository.get_key(session, key_id)
+    if old.revoked_at is not None:
+        raise Conflict("A revoked key has no successor.")
+    new = await create_key(
+        session,
+        keyring,
+        caller.tenant_id,
+        user_id=old.user_id,
+        name=old.name,
+        expires_at=None,
+        actor_id=caller.user_id,
+    )
+    await repository.expire_key(session, key_id, old_ends_at)
+    data = {"key_id": key_id, "successor_id": new.id, "ends_at": old_ends_at}
+    await audit.append(session, caller.tenant_id, Event(EventType.KEY_ROTATED, actor_id=caller.user_id, data=data))
+    return new
+
+
+async def revoke_key(session: AsyncSession, caller: Caller, key_id: UUID) -> None:
+    """End a key at once, its runs in flight included. Raise NotFound."""
+    key = await repository.get_key(session, key_id)
+    await repository.revoke_key(session, key_id)
+    data = {"key_id": key_id, "user_id": key.user_id, "before": {"revoked": key.revoked_at is not None}}
+    await audit.append(session, caller.tenant_id, Event(EventType.KEY_REVOKED, actor_id=caller.user_id, data=data))
+
+
+class IssuerTaken(Conflict):
+    """This issuer and audience are registered already."""
+
+    code = "issuer_taken"
+
+
+async def register_issuer(
+    session: AsyncSession,
+    caller: Caller,
+    *,
+    issuer: str,
+    jwks_document: Mapping[str, Any] | None,
+    jwks_uri: str | None,
+    role_claim: str | None,
+) -> UUID:
+    """Trust an issuer for the audience `bulkhead:<tenant id>`, so that a squatter reaches only itself.
+
+    Raise InvalidKeySet for a document that cannot be used and IssuerTaken.
+    """
+    if jwks_document is not None:
+        jwks.parse_jwks(orjson.dumps(jwks_document))
+    issuer_id, audience = new_id(), f"bulkhead:{caller.tenant_id}"
+    try:
+        async with session.begin_nested():
+            await repository.insert_issuer(
+                session,
+                caller.tenant_id,
+                issuer_id,
+                issuer=issuer,
+                audience=audience,
+                jwks=jwks_document,
+                jwks_uri=jwks_uri,
+                role_claim=role_claim,
+            )
+    except IntegrityError:
+        raise IssuerTaken from None
+    data = {"issuer_id": issuer_id, "issuer": issuer, "audience": audience, "role_claim": role_claim}
+    event = Event(EventType.ISSUER_REGISTERED, actor_id=caller.user_id, data=data)
+    await audit.append(session, caller.tenant_id, event)
+    return issuer_id
+
+
+async def remove_issuer(session: AsyncSession, caller: Caller, issuer_id: UUID) -> None:
+    """Trust an issuer no longer, from the next request on. Raise NotFound."""
+    issuer = await repository.delete_issuer(session, issuer_id)
+    data = {"issuer_id": issuer_id, "issuer": issuer.issuer}
+    await audit.append(session, caller.tenant_id, Event(EventType.ISSUER_REMOVED, actor_id=caller.user_id, data=data))

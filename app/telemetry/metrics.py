@@ -1,0 +1,25 @@
+"""Prometheus metrics. The first three have the guide's names."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS: Final = Counter("mcp_requests_total", "Queries by user and by how they ended.", ["user", "status"])
+REQUEST_SECONDS: Final = Histogram(
+    "mcp_request_duration_seconds",
+    "Time from a query's arrival to its answer, in seconds.",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+)
+VIOLATIONS: Final = Counter(
+    "mcp_security_violations_total",
+    "Refusals by kind: invalid_query, rate_limit, unauthenticated, forbidden, tool_denied.",
+    ["type"],
+)
+LIVE_SERVERS: Final = Gauge("bulkhead_live_servers", "Tool servers that are up, by template.", ["template"])
+SERVER_STARTS: Final = Counter(
+    "bulkhead_server_starts_total", "Starts of tool servers by template and result.", ["template", "result"]
+)
+RUNS_IN_FLIGHT: Final = Gauge("bulkhead_runs_in_flight", "Runs that this process executes now.")
+TOOL_CALLS: Final = Counter("bulkhead_tool_calls_total", "Tool calls by decision and outcome.", ["decision", "outcome"])
