@@ -1,0 +1,33 @@
+"""Starts a sandbox from a service that runs as whoever runs this script: python start.py PROFILE, as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from app.sandbox import bubblewrap, runtimes
+from app.sandbox.contract import Limits, Mount, Profile
+
+
+def main() -> int:
+    order = json.loads(sys.argv[1])
+    python = runtimes.python()
+    profile = Profile(
+        argv=(python.interpreter, "-I", *order["arguments"]),
+        host_uid=order["host_uid"],
+        mounts=(
+            *python.mounts,
+            *(Mount(Path(source), target, writable) for source, target, writable in order["mounts"]),
+        ),
+        files=python.files,
+        environment=python.environment,
+        limits=Limits(**order["limits"]),
+    )
+    launch = bubblewrap.packaged().launch(profile)
+    return subprocess.run(launch.argv, env=launch.environment, close_fds=False, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
