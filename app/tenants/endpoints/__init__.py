@@ -1,0 +1,5 @@
+"""Routes of tenants, users and workspaces."""
+
+from app.tenants.endpoints import tenants, workspaces
+
+routers = (tenants.router, workspaces.router)

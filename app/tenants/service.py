@@ -1,0 +1,110 @@
+"""Makes tenants and users, disables and enables them, each with its audit event."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
+from app.caller import PLATFORM_TENANT
+from app.db import Database, new_id
+from app.errors import Conflict, NotFound
+from app.keyring import Keyring, Sealed, SecretKey
+from app.platform_db import PlatformDatabase
+from app.scopes import Role
+from app.tenants import keys, repository
+
+
+class NameTaken(Conflict):
+    """There is one by this name already."""
+
+    code = "name_taken"
+
+
+async def create_tenant(
+    platform: PlatformDatabase, keyring: Keyring, *, slug: str, actor_id: UUID | None, tenant_id: UUID | None = None
+) -> UUID:
+    """Make a tenant with a data key of its own; raise NameTaken."""
+    tenant_id = tenant_id or new_id()
+    wrapped = keys.wrap_tenant_key(keyring, SecretKey.generate(), tenant_id=tenant_id)
+    created = Event(EventType.TENANT_CREATED, actor_id=actor_id, data={"tenant_id": tenant_id, "slug": slug})
+    try:
+        async with platform.transaction() as session:
+            await repository.insert_tenant(session, tenant_id, slug=slug, key=wrapped)
+            await _record_for_both(session, tenant_id, created)
+    except IntegrityError:
+        raise NameTaken from None
+    return tenant_id
+
+
+async def set_tenant_active(platform: PlatformDatabase, tenant_id: UUID, *, is_active: bool, actor_id: UUID) -> None:
+    """Disable or enable a tenant; its runs in flight stop within a second. Raise NotFound."""
+    if tenant_id == PLATFORM_TENANT:
+        raise NotFound
+    status = "active" if is_active else "disabled"
+    kind = EventType.TENANT_ENABLED if is_active else EventType.TENANT_DISABLED
+    async with platform.transaction() as session:
+        before = await repository.set_tenant_status(session, tenant_id, status)
+        event = Event(kind, actor_id=actor_id, data={"tenant_id": tenant_id, "before": before, "after": status})
+        await _record_for_both(session, tenant_id, event)
+
+
+async def _record_for_both(session: AsyncSession, tenant_id: UUID, event: Event) -> None:
+    """What the platform does to a tenant stands in both records."""
+    await audit.append(session, tenant_id, event)
+    if tenant_id != PLATFORM_TENANT:
+        await audit.append(session, PLATFORM_TENANT, event)
+
+
+async def open_tenant_key(session: AsyncSession, keyring: Keyring, tenant_id: UUID) -> SecretKey:
+    """The tenant's data key; raise NotFound or Unsealable."""
+    tenant = await repository.get_tenant(session, tenant_id)
+    return keys.open_tenant_key(keyring, Sealed(tenant.key_id, tenant.wrapped_key), tenant_id=tenant_id)
+
+
+async def create_user(
+    database: Database, keyring: Keyring, tenant_id: UUID, *, name: str, role: Role, actor_id: UUID | None
+) -> UUID:
+    """Make a user with a data key; raise NameTaken."""
+    try:
+        async with database.transaction(tenant_id) as session:
+            return await add_user(session, keyring, tenant_id, name=name, role=role, actor_id=actor_id)
+    except IntegrityError:
+        raise NameTaken from None
+
+
+async def add_user(
+    session: AsyncSession,
+    keyring: Keyring,
+    tenant_id: UUID,
+    *,
+    name: str,
+    role: Role,
+    actor_id: UUID | None,
+    issuer: str | None = None,
+    subject: str | None = None,
+) -> UUID:
+    """The same, in the caller's transaction; raise IntegrityError for a name that is taken."""
+    user_id = new_id()
+    tenant_key = await open_tenant_key(session, keyring, tenant_id)
+    wrapped = keys.wrap_user_key(tenant_key, SecretKey.generate(), user_id=user_id)
+    await repository.insert_user(
+        session, tenant_id, user_id, name=name, role=role, wrapped_key=wrapped, issuer=issuer, subject=subject
+    )
+    data = {"user_id": user_id, "role": role.value, "by_token": subject is not None}
+    await audit.append(session, tenant_id, Event(EventType.USER_CREATED, actor_id=actor_id, data=data))
+    return user_id
+
+
+async def set_user_active(
+    database: Database, tenant_id: UUID, user_id: UUID, *, is_active: bool, actor_id: UUID
+) -> None:
+    """Disable or enable a user; runs in flight stop within a second. Raise NotFound."""
+    kind = EventType.USER_ENABLED if is_active else EventType.USER_DISABLED
+    async with database.transaction(tenant_id) as session:
+        before = await repository.set_user_disabled(session, user_id, is_disabled=not is_active)
+        data = {"user_id": user_id, "before": {"disabled": before}, "after": {"disabled": not is_active}}
+        await audit.append(session, tenant_id, Event(kind, actor_id=actor_id, data=data))
