@@ -1,0 +1,110 @@
+"""The tenant's side of the database: one tenant, one transaction, under row-level security."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+import uuid_utils.compat
+from sqlalchemy import DateTime, MetaData, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+from app.settings import Settings
+
+_SET_TENANT = text("select set_config('app.tenant_id', :tenant_id, true)")
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseUrls:
+    """The same database as three roles sees it; only migrations need the owner."""
+
+    owner: str | None = field(repr=False)
+    app: str = field(repr=False)
+    platform: str = field(repr=False)
+
+    @property
+    def app_role(self) -> str:
+        """The role that row-level security binds to one tenant."""
+        return make_url(self.app).username or ""
+
+    @property
+    def platform_role(self) -> str:
+        """The role with policies of its own on named tables."""
+        return make_url(self.platform).username or ""
+
+
+def database_urls(settings: Settings) -> DatabaseUrls | None:
+    """The configured URLs, or None where the embedded Postgres is to be used."""
+    app, platform, owner = (
+        settings.database_app_url,
+        settings.database_platform_url,
+        settings.database_owner_url,
+    )
+    if app is None or platform is None:
+        return None
+    return DatabaseUrls(
+        owner.get_secret_value() if owner else None, app.get_secret_value(), platform.get_secret_value()
+    )
+
+
+class Base(DeclarativeBase):
+    """Names constraints, so that migrations can speak of them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012  SQLAlchemy reads it as a plain dict
+
+
+def new_id() -> UUID:
+    """A UUIDv7: unique, and in the order of its making."""
+    return uuid_utils.compat.uuid7()
+
+
+def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
+    """An engine whose statements never wait for ever; `url` is of one role only."""
+    return create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_pre_ping=False,
+        connect_args={"timeout": 10, "command_timeout": 30},
+        hide_parameters=True,
+    )
+
+
+class Database:
+    """Transactions of the app role, each of which sees one tenant and nothing else."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @asynccontextmanager
+    async def transaction(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
+        """Commit at the end of the block, roll back where it raises."""
+        async with (
+            AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
+            session.begin(),
+        ):
+            await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
+            yield session
+
+    async def ping(self) -> None:
+        """Raise what the driver raises where the database does not answer."""
+        async with self._engine.connect() as connection:
+            await connection.execute(text("select 1"))
+
+    async def dispose(self) -> None:
+        """Close every pooled connection."""
+        await self._engine.dispose()

@@ -1,0 +1,200 @@
+"""Builds the service: every part with explicit arguments, the routes, and what starts and stops with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, Final
+
+import httpx
+import structlog
+from fastapi import FastAPI
+from prometheus_fastapi_instrumentator import Instrumentator
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import migration, operations, problems
+from app.audit import endpoints as audit_endpoints
+from app.audit.aggregate import MinuteCounts
+from app.auth import endpoints as auth_endpoints
+from app.auth import jwks
+from app.auth.service import Authenticator
+from app.caller import PLATFORM_TENANT
+from app.cursors import Cursors
+from app.db import Database, DatabaseUrls, create_engine
+from app.edge import Edge
+from app.errors import ConfigurationError
+from app.housekeeping import keep_house
+from app.keyring import Keyring
+from app.limits.rates import RateLimiter
+from app.outbound import catalogue
+from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
+from app.outbound.client import fetch, outbound_client
+from app.platform_db import PlatformDatabase
+from app.policies import endpoints as policy_endpoints
+from app.policies.versions import PolicyCache
+from app.runs import endpoints as run_endpoints
+from app.runs.chats import Chats
+from app.runs.executor import Executor
+from app.runs.journal import Journal
+from app.runs.redaction import Redactor
+from app.runs.service import RunService
+from app.runs.watch import Watch
+from app.sandbox.choice import ProbedSandbox
+from app.servers.pool import ServerPool
+from app.servers.tenant_servers import TenantServers
+from app.settings import Settings
+from app.tenants import endpoints as tenant_endpoints
+from app.tenants.workspaces import WorkspaceStore
+
+_log = structlog.get_logger()
+_ROUTERS: Final = (
+    *run_endpoints.routers,
+    policy_endpoints.router,
+    *tenant_endpoints.routers,
+    auth_endpoints.router,
+    audit_endpoints.router,
+    operations.router,
+)
+
+
+def create_app(
+    settings: Settings, *, urls: DatabaseUrls, sandbox: ProbedSandbox, rehearsal: ModelEndpoint | None = None
+) -> FastAPI:
+    """The service on this database and this sandbox. Raise ConfigurationError for what it cannot start with."""
+    app = FastAPI(title="Bulkhead", version="0.1.0", docs_url=None, redoc_url=None, lifespan=_lifespan)
+    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes)
+    problems.install(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    Instrumentator(excluded_handlers=["/metrics", "/healthz", "/readyz"]).instrument(app)
+    for name, part in _build(settings, urls, sandbox, rehearsal).items():
+        setattr(app.state, name, part)
+    return app
+
+
+def _build(
+    settings: Settings, urls: DatabaseUrls, sandbox: ProbedSandbox, rehearsal: ModelEndpoint | None
+) -> Mapping[str, Any]:
+    """Every part by the name that routes ask for it."""
+    models = catalogue.from_settings(settings, rehearsal)
+    if not models.endpoints:
+        raise ConfigurationError("There is no model: set BULKHEAD_MODEL_API_KEY, or start the demo with `make up`.")
+    keyring = _keyring(settings)
+    database = Database(create_engine(urls.app, pool_size=settings.database_pool))
+    platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
+    allow_loopback = settings.outbound_loopback or rehearsal is not None
+    outbound = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
+    remote_keys = jwks.JwksCache(lambda url: fetch(outbound, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
+    serving = _build_servers(settings, database, sandbox)
+    return {
+        **serving,
+        **_build_runs(settings, database, platform, keyring, models, outbound, serving["servers"]),
+        "settings": settings,
+        "sandbox": sandbox,
+        "database": database,
+        "platform": platform,
+        "keyring": keyring,
+        "cursors": Cursors(keyring),
+        "outbound": outbound,
+        "catalogue": models,
+        "policies": PolicyCache(database),
+        "rate_limiter": RateLimiter(),
+        "rate_refusals": MinuteCounts(),
+        "authenticator": Authenticator(database=database, platform=platform, keyring=keyring, remote_keys=remote_keys),
+    }
+
+
+def _build_servers(settings: Settings, database: Database, sandbox: ProbedSandbox) -> dict[str, Any]:
+    data_dir = settings.data_dir.resolve()
+    workspaces = WorkspaceStore(
+        data_dir / "workspaces",
+        max_file_bytes=settings.workspace_max_file_bytes,
+        max_total_bytes=settings.workspace_max_bytes,
+        max_files=settings.workspace_max_files,
+    )
+    pool = ServerPool(maximum=settings.servers_max, idle_s=settings.servers_idle_s)
+    servers = TenantServers(
+        database=database,
+        sandbox=sandbox,
+        pool=pool,
+        workspaces=workspaces,
+        logs=data_dir / "servers",
+        start_timeout_s=settings.server_start_timeout_s,
+    )
+    return {"workspaces": workspaces, "pool": pool, "servers": servers}
+
+
+def _build_runs(
+    settings: Settings,
+    database: Database,
+    platform: PlatformDatabase,
+    keyring: Keyring,
+    models: ModelCatalogue,
+    outbound: httpx.AsyncClient,
+    servers: TenantServers,
+) -> dict[str, Any]:
+    journal = Journal(database)
+    executor = Executor(
+        journal=journal,
+        chats=Chats(models, outbound, timeout_s=settings.model_timeout_s, retries=settings.model_retries),
+        servers=servers,
+        redact=Redactor(_unspeakable(settings, models)),
+        tool_timeout_s=settings.tool_timeout_s,
+    )
+    lease_s = settings.run_lease_s
+    runs = RunService(database=database, keyring=keyring, journal=journal, executor=executor, lease_s=lease_s)
+    watch = Watch(platform=platform, executor=executor, every_s=settings.run_watch_s, lease_s=lease_s)
+    return {"runs": runs, "watch": watch}
+
+
+def _keyring(settings: Settings) -> Keyring:
+    if settings.root_keys is None:
+        raise ConfigurationError("Set BULKHEAD_ROOT_KEYS: without root keys nothing can be sealed or verified.")
+    return Keyring.parse(settings.root_keys.get_secret_value())
+
+
+def _unspeakable(settings: Settings, models: ModelCatalogue) -> list[str]:
+    """What no tool result may carry to a model: our secrets, and where things lie on this host."""
+    secrets = [secret.get_secret_value() for secret in (settings.metrics_token, settings.root_keys) if secret]
+    return [*secrets, *(endpoint.api_key for endpoint in models.endpoints.values()), str(settings.data_dir.resolve())]
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state = app.state
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(state.outbound.aclose)
+        stack.push_async_callback(state.platform.dispose)
+        stack.push_async_callback(state.database.dispose)
+        await _check_schema(state.platform)
+        stack.push_async_callback(state.pool.close)
+        for loop in (state.watch.keep(), keep_house(state.pool, state.authenticator, state.platform)):
+            stack.push_async_callback(_end, asyncio.create_task(loop))
+        stack.push_async_callback(state.runs.close)
+        if not state.sandbox.result:
+            _log.error("sandbox.unavailable", reason=state.sandbox.result.reason, remedy=state.sandbox.result.remedy)
+        yield
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _check_schema(platform: PlatformDatabase) -> None:
+    """Refuse a schema that this code was not written for, and a platform without its reserved tenant."""
+    expected = migration.head()
+    async with platform.transaction() as session:
+        try:
+            actual = await session.scalar(text("select version_num from alembic_version"))
+        except SQLAlchemyError:
+            actual = None
+    if actual != expected:
+        raise ConfigurationError(f"The database's schema is {actual}, this code needs {expected}: `bulkhead migrate`.")
+    async with platform.transaction() as session:
+        found = await session.scalar(text("select 1 from tenants where id = :id"), {"id": PLATFORM_TENANT})
+    if found is None:
+        raise ConfigurationError("The platform has no admin yet: run `bulkhead admin bootstrap` as the owner role.")

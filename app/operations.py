@@ -1,0 +1,53 @@
+"""What operators and their machines ask: does it live, is it ready, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db import Database
+from app.errors import Unauthenticated
+from app.problems import responses
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz", summary="The process lives")
+async def read_health() -> dict[str, str]:
+    """Says nothing of what it needs."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="The service can answer queries", responses={503: {"description": "Not ready"}})
+async def read_readiness(request: Request, response: Response) -> dict[str, Any]:
+    """Database and sandbox decide; models are named only, since theirs is not our readiness."""
+    state = request.app.state
+    parts = {"database": await _answers(state.database), "sandbox": bool(state.sandbox.result)}
+    is_ready = all(parts.values())
+    response.status_code = 200 if is_ready else 503
+    detail = {"backend": state.sandbox.name, "reason": state.sandbox.result.reason}
+    return {"ready": is_ready, **parts, "sandbox_detail": detail, "models": sorted(state.catalogue.endpoints)}
+
+
+@router.get("/metrics", summary="Prometheus metrics", responses=responses(401))
+async def read_metrics(request: Request) -> Response:
+    """For the bearer of the metrics token; without one set, for nobody."""
+    token = request.app.state.settings.metrics_token
+    presented = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token is None or not hmac.compare_digest(presented.encode(), token.get_secret_value().encode()):
+        raise Unauthenticated("Metrics need the token of BULKHEAD_METRICS_TOKEN as a bearer token.")
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _answers(database: Database) -> bool:
+    try:
+        async with asyncio.timeout(2):
+            await database.ping()
+    except (SQLAlchemyError, OSError, TimeoutError):
+        return False
+    return True

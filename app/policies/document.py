@@ -1,0 +1,185 @@
+"""The policy document: what a tenant writes, read strictly and refused with all of its faults at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from app.errors import Fault, Invalid
+from app.policies import strict_yaml
+from app.policies.patterns import check_glob, compile_pattern
+
+# Keys of the full design that nothing enforces yet: refused by name, so that nobody believes in them.
+_LATER: Final = {
+    "limits": frozenset({"tenant_requests", "concurrent_runs", "tokens_per_day", "cost_usd_per_day"}),
+    "tools": frozenset({"approve"}),
+    "servers": frozenset(
+        {
+            *("isolation", "command", "args", "env", "url", "headers"),
+            *("dsn", "allowed_schemas", "blocked_tables", "connect_timeout_s", "max_connections"),
+            *("allowed_domains", "block_private_ips", "javascript", "timeout_s"),
+        }
+    ),
+}
+_LATER_TEMPLATES: Final = frozenset({"command", "http", "postgres", "browser"})
+_SIZE: Final = re.compile(r"([1-9][0-9]{0,8})(KB|MB)")
+_UNITS: Final = {"KB": 1024, "MB": 1024 * 1024}
+
+
+class PolicyInvalid(Invalid):
+    """The policy is not valid."""
+
+    code = "policy_invalid"
+
+
+def _bytes(size: object) -> object:
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if not found:
+        raise ValueError('must be a size such as "512KB" or "10MB"')
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _expression(pattern: str) -> str:
+    compile_pattern(pattern)
+    return pattern
+
+
+def _not_empty(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    if not extensions:
+        raise ValueError("must name at least one extension")
+    return extensions
+
+
+Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1, le=100 * _UNITS["MB"])]
+Expression = Annotated[str, AfterValidator(_expression)]
+Expressions = Annotated[tuple[Expression, ...], Field(max_length=50)]
+Globs = Annotated[tuple[Annotated[str, AfterValidator(check_glob)], ...], Field(max_length=500)]
+Rate = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")]
+ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_length=32)]
+WorkspaceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Extension = Annotated[str, StringConstraints(pattern=r"^\.[a-z0-9]{1,16}$")]
+Extensions = Annotated[tuple[Extension, ...], AfterValidator(_not_empty), Field(max_length=50)]
+CatalogueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelChoice(_Section):
+    """An entry of the platform's model catalogue; without a name, the entry's own default model."""
+
+    use: CatalogueName = "default"
+    name: CatalogueName | None = None
+    temperature: float = Field(default=0.0, ge=0, le=2)
+
+
+class RunLimits(_Section):
+    max_steps: int = Field(default=20, ge=1, le=100)
+    timeout_s: int = Field(default=300, ge=1, le=3600)
+    max_tool_calls: int = Field(default=10, ge=1, le=1000)
+    requests: Rate = "10/minute"
+
+
+class InputRules(_Section):
+    """How queries are screened; without `max_length` (characters) the preset's own holds."""
+
+    preset: Literal["strict", "balanced", "off"] = "balanced"
+    max_length: int | None = Field(default=None, ge=1, le=100_000)
+    block: Expressions = ()
+    flag: Expressions = ()
+
+
+class FilesystemServer(_Section):
+    """One workspace of the tenant, `root`, as files; `max_file_size` in bytes (1 MB is 1,048,576)."""
+
+    template: Literal["filesystem"]
+    root: WorkspaceName
+    readonly: bool = True
+    max_file_size: Size = 10 * _UNITS["MB"]
+    allowed_extensions: Extensions = (".txt", ".md", ".json", ".py")
+
+
+class ToolRules(_Section):
+    """Globs over `server__tool` names, and Cedar text for what globs cannot say."""
+
+    allow: Globs = ()
+    deny: Globs = ()
+    rules: str = Field(default="", max_length=64 * 1024)
+
+
+class PolicyDocument(_Section):
+    schema_: Literal["bulkhead/1"] = Field(alias="schema")
+    model: ModelChoice = ModelChoice()
+    instructions: str = Field(default="", max_length=20_000)
+    limits: RunLimits = RunLimits()
+    input: InputRules = InputRules()
+    servers: Annotated[dict[ServerName, FilesystemServer], Field(max_length=32)] = {}
+    tools: ToolRules = ToolRules()
+
+
+def parse(text: str) -> PolicyDocument:
+    """Read a document; PolicyInvalid carries every fault found."""
+    try:
+        data, faults = strict_yaml.load(text)
+    except strict_yaml.Unreadable as error:
+        raise PolicyInvalid(faults=[Fault("", str(error))]) from error
+    try:
+        # Through JSON, because pydantic's strict mode takes a list for a tuple only there.
+        document = PolicyDocument.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        faults += _faults(error.errors(include_url=False))
+        raise PolicyInvalid(faults=faults) from error
+    if faults:
+        raise PolicyInvalid(faults=faults)
+    return document
+
+
+def digest(text: str) -> str:
+    """SHA-256 of the text as it was written, in hex: what a version is known by."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _faults(errors: list[ErrorDetails]) -> list[Fault]:
+    foreign = {error["loc"][:2] for error in errors if _is_foreign_template(error)}
+    # A server of another template lacks `root` because it is of another template.
+    told = [error for error in errors if not (error["type"] == "missing" and error["loc"][:2] in foreign)]
+    return [Fault(strict_yaml.pointer(*_location(error)), _message(error)) for error in told]
+
+
+def _is_foreign_template(error: ErrorDetails) -> bool:
+    loc = error["loc"]
+    return len(loc) == 3 and loc[0] == "servers" and loc[2] == "template" and error["type"] == "literal_error"
+
+
+def _location(error: ErrorDetails) -> tuple[str | int, ...]:
+    return tuple(part for part in error["loc"] if part != "[key]")
+
+
+def _message(error: ErrorDetails) -> str:
+    section, key = str(error["loc"][0]) if error["loc"] else "", str(error["loc"][-1]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        later = len(error["loc"]) > 1 and key in _LATER.get(section, ())
+        return f"{key} is not enforced yet" if later else f"{key} is not a known key"
+    if _is_foreign_template(error) and _is_later_template(error["input"]):
+        return f"template {error['input']} is not enforced yet"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return error["msg"]
+
+
+def _is_later_template(template: Any) -> bool:
+    return isinstance(template, str) and template in _LATER_TEMPLATES

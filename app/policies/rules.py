@@ -1,0 +1,190 @@
+"""The Cedar text of a policy: read, named, and checked against the tools that it speaks about."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import cedarpy
+
+from app.errors import Fault
+from app.policies.cedar_schema import Action, Attribute, Kind, Record, Scalar
+from app.policies.decision import BuiltIn
+
+WHERE: Final = "/tools/rules"
+MAX_RULES: Final = 500
+MAX_NESTING: Final = 20
+MAX_RULE_LENGTH: Final = 3_000
+
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n\r]*', re.DOTALL)
+_ACTION: Final = re.compile(r' for Action::"[^"]*"')
+_CONTEXT: Final = Record(
+    {"user": Attribute(Scalar.STRING, is_required=True), "role": Attribute(Scalar.STRING, is_required=True)}
+)
+
+
+class Unparsable(ValueError):
+    """The rules are not Cedar, or more of it than we hand to its parser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One statement, in Cedar's JSON form, under the name that decisions give it."""
+
+    id: str
+    statement: Mapping[str, Any]
+
+    @property
+    def is_permit(self) -> bool:
+        return bool(self.statement["effect"] == "permit")
+
+    @property
+    def is_unconditional(self) -> bool:
+        """True when it holds for every user and all arguments of the tools that it covers."""
+        parts = (self.statement["principal"], self.statement["resource"])
+        return not self.statement["conditions"] and all(part == {"op": "All"} for part in parts)
+
+    def covers(self, tool: str, server: str) -> bool:
+        scope = self.statement["action"]
+        if scope["op"] == "All":
+            return True
+        named = {entity["id"] for entity in scope.get("entities", [scope.get("entity")])}
+        return tool in named or (scope["op"] == "in" and server in named)
+
+
+def over(effect: str, tools: Sequence[str], *, name: str) -> Rule:
+    """The rule that a glob stands for: an effect on these tools, whatever the user or arguments."""
+    everyone = {"op": "All"}
+    actions = {"op": "in", "entities": [{"type": "Action", "id": tool} for tool in tools]}
+    statement = {"effect": effect, "principal": everyone, "action": actions, "resource": everyone, "conditions": []}
+    return Rule(name, statement)
+
+
+def read(text: str) -> list[Rule]:
+    """The rules in the order of the text; Unparsable says why not."""
+    _check_shape(text)
+    try:
+        parsed = json.loads(cedarpy.policies_to_json_str(text))
+    except (ValueError, RecursionError) as error:
+        raise Unparsable(f"The rules are not valid Cedar: {error}.") from error
+    if parsed["templates"]:
+        raise Unparsable("Templates (?principal, ?resource) are refused.")
+    statements = [parsed["staticPolicies"][f"policy{number}"] for number in range(len(parsed["staticPolicies"]))]
+    if len(statements) > MAX_RULES:
+        raise Unparsable(f"There are more than {MAX_RULES} rules.")
+    return _named(statements)
+
+
+def _check_shape(text: str) -> None:
+    """Cedar's parser is recursive and native: 700 open brackets overflow its stack and end the process."""
+    bare = _TEXT_OR_COMMENT.sub('""', text)
+    depth = 0
+    for character in bare:
+        depth += (character in "([{") - (character in ")]}")
+        if depth > MAX_NESTING:
+            raise Unparsable(f"Brackets are nested deeper than {MAX_NESTING} levels.")
+    if any(len(rule) > MAX_RULE_LENGTH for rule in bare.split(";")):
+        raise Unparsable(f"A rule is longer than {MAX_RULE_LENGTH} characters without its strings.")
+
+
+def _named(statements: Sequence[Mapping[str, Any]]) -> list[Rule]:
+    """A rule is called by its `@id` where that is its own, else by its place."""
+    wished = [statement.get("annotations", {}).get("id") for statement in statements]
+    count = Counter(wished)
+    return [
+        Rule(wish if wish is not None and count[wish] == 1 else f"rules[{place}]", statement)
+        for place, (wish, statement) in enumerate(zip(wished, statements, strict=True))
+    ]
+
+
+def name_faults(rules: Sequence[Rule]) -> list[Fault]:
+    """An `@id` that could pass for another rule's name in the audit record is a fault."""
+    return [
+        Fault(
+            WHERE, f"rules[{place}]: an @id is up to 64 letters, digits, '_', '.' and '-', and no built-in rule's name"
+        )
+        for place, rule in enumerate(rules)
+        if "id" in rule.statement.get("annotations", {}) and not _is_good_id(rule.statement["annotations"]["id"])
+    ]
+
+
+def _is_good_id(wish: object) -> bool:
+    return isinstance(wish, str) and bool(_ID.fullmatch(wish)) and wish not in set(BuiltIn)
+
+
+def schema_faults(text: str, rules: Sequence[Rule], schema: cedarpy.Schema) -> list[Fault]:
+    """What Cedar's own validator finds, each thing once and not once a tool."""
+    result = cedarpy.validate_policies(text, schema, release_gil=True)
+    names = {f"policy{place}": rule.id for place, rule in enumerate(rules)}
+    found = {f"{names.get(error.policy_id, 'rules')}: {_plainly(error)}" for error in result.errors}
+    if not found and not result.validation_passed:
+        found = {"the rules do not match the tools"}
+    return [Fault(WHERE, message) for message in sorted(found)]
+
+
+def _plainly(error: cedarpy.ValidationError) -> str:
+    return _ACTION.sub("", error.error).removeprefix(f"for policy `{error.policy_id}`").lstrip(",: ")
+
+
+def guard_faults(rule: Rule, actions: Sequence[Action]) -> list[Fault]:
+    """Guards that are quietly false: `has` on what is misspelt, or on what Cedar cannot type.
+
+    The validator accepts them, and the `forbid` behind them would never hold.
+    """
+    covered = [action for action in actions if rule.covers(action.name, action.server)]
+    messages = {message for node in _nodes(rule.statement["conditions"]) for message in _guard(node, covered)}
+    return [Fault(WHERE, f"{rule.id}: {message}") for message in sorted(messages)]
+
+
+def _guard(node: Mapping[str, Any], covered: Sequence[Action]) -> Iterator[str]:
+    if "hasTag" in node or "getTag" in node:
+        yield "nothing has tags"
+    if "Record" in node:
+        yield "compare arguments one at a time, not as records: a record leaves out what Cedar cannot type"
+    if "has" in node:
+        yield from _has(_path(node["has"]["left"]), node["has"]["attr"], covered)
+
+
+def _has(path: list[str] | None, name: str, covered: Sequence[Action]) -> Iterator[str]:
+    if path is None:
+        yield f"`has {name}` can be asked of context and its arguments only"
+        return
+    records = [record for action in covered if isinstance(record := _find(action, path), Record)]
+    if any(name in record.untyped for record in records):
+        yield f"`{name}` has a type that Cedar does not know in a tool that the rule covers"
+    elif not any(name in record.attributes for record in records):
+        yield f"no tool that the rule covers has `{name}`"
+
+
+def _path(node: Mapping[str, Any]) -> list[str] | None:
+    """`context.a.b` as [a, b]; None for anything else."""
+    names: list[str] = []
+    while "." in node:
+        names.insert(0, node["."]["attr"])
+        node = node["."]["left"]
+    return names if node == {"Var": "context"} else None
+
+
+def _find(action: Action, path: Sequence[str]) -> Kind | None:
+    arguments = Attribute(action.arguments, is_required=True)
+    kind: Kind | None = Record({**_CONTEXT.attributes, "arguments": arguments})
+    for name in path:
+        part = kind.attributes.get(name) if isinstance(kind, Record) else None
+        kind = part.kind if part else None
+    return kind
+
+
+def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            yield node
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node

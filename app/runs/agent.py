@@ -1,0 +1,137 @@
+"""The agent: mcp-use's MCPAgent around LangChain's loop, with one gate and no state shared between runs.
+
+The private attributes of mcp-use and langchain-openai used here are pinned by tests/runs/test_mcp_use_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import httpx
+import openai
+import orjson
+import structlog
+from langchain.agents import create_agent
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.outputs import ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import StructuredTool
+from langchain_openai import ChatOpenAI
+from mcp_use import MCPAgent, MCPClient
+from pydantic import PrivateAttr
+
+from app.policies.engine import PinnedTool
+from app.runs.context import RunContext, current_run
+from app.runs.gate import Gate
+from app.runs.state import MODEL_FAILED, Ending, RunEnded
+
+_log = structlog.get_logger()
+_DEFAULT_INSTRUCTIONS: Final = "Answer the user's question. Use the tools where they help."
+
+
+class GovernedChat(ChatOpenAI):
+    """A chat model whose every turn is counted against the run and whose every fault ends it clearly."""
+
+    _bound: dict[tuple[int, ...], Runnable[LanguageModelInput, AIMessage]] = PrivateAttr(default_factory=dict)
+    _bound_tools: list[Sequence[Any]] = PrivateAttr(default_factory=list)
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """Convert the tools' schemas once for the same tools, not on every turn."""
+        key = (*map(id, tools), hash(repr(kwargs)))
+        if key not in self._bound:
+            self._bound_tools.append(tools)  # keeps the ids valid
+            self._bound[key] = super().bind_tools(tools, **kwargs)
+        return self._bound[key]
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        run = current_run()
+        run.begin_model_turn()
+        payload = self._get_request_payload(messages, stop=stop, **kwargs)
+        try:
+            response = await self.root_async_client.post("/chat/completions", body=payload, cast_to=httpx.Response)
+            result = self._create_chat_result(orjson.loads(response.content))
+        except openai.APIStatusError as error:
+            raise _failed(f"The model endpoint answered with status {error.status_code}.") from None
+        except openai.APITimeoutError:
+            raise _failed("The model endpoint did not answer in time.") from None
+        except openai.APIConnectionError:
+            raise _failed("The model endpoint could not be reached, or broke off.") from None
+        except (openai.OpenAIError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _log.warning("model.malformed", error=type(error).__name__)
+            raise _failed("The model endpoint sent an answer that is not a chat completion.") from None
+        _note(run, result)
+        return result
+
+
+def _failed(detail: str) -> RunEnded:
+    return RunEnded(Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, detail))
+
+
+def _note(run: RunContext, result: ChatResult) -> None:
+    """Count tokens, keep the text so far, and refuse an answer that LangChain would take for an empty one."""
+    message = result.generations[0].message
+    if not isinstance(message, AIMessage):
+        raise _failed("The model endpoint sent no assistant message.")
+    if message.usage_metadata is not None:
+        run.input_tokens += message.usage_metadata["input_tokens"]
+        run.output_tokens += message.usage_metadata["output_tokens"]
+    if message.invalid_tool_calls:
+        raise _failed("The model sent tool arguments that are not JSON.")
+    text = message.text
+    if not text and not message.tool_calls:
+        raise _failed("The model sent an empty answer.")
+    if text:
+        run.answer = text
+
+
+async def _refuse_direct_call(**_arguments: Any) -> str:
+    """Every call goes through the gate, which asks the live server itself."""
+    raise PermissionError
+
+
+def _offered(tool: PinnedTool) -> StructuredTool:
+    """The server's own schema, unchanged: mcp-use's conversion drops enums and sends nulls."""
+    return StructuredTool(
+        name=tool.name,
+        description=tool.description,
+        args_schema=dict(tool.input_schema),
+        coroutine=_refuse_direct_call,
+    )
+
+
+class GovernedAgent(MCPAgent):
+    """What all runs of one policy version share: the offered tools and the compiled loop."""
+
+    def __init__(self, llm: GovernedChat, *, gate: Gate, tools: Sequence[PinnedTool], instructions: str) -> None:
+        # A client without servers: live servers are lent to the gate, never to the agent.
+        super().__init__(llm=llm, client=MCPClient({"mcpServers": {}}), memory_enabled=False, callbacks=[])
+        self._gate = gate
+        self._tools = [_offered(tool) for tool in tools]
+        self._system_message = SystemMessage(content=instructions or _DEFAULT_INSTRUCTIONS)
+        # Turns are counted by GovernedChat; LangGraph's own limit only must not come first.
+        self.recursion_limit = 10_000
+        self._agent_executor = self._create_agent()
+        self._initialized = True
+
+    def _create_agent(self) -> Any:
+        """One middleware, the gate: mcp-use's own would turn exceptions into messages with tracebacks."""
+        return create_agent(
+            model=self.llm, tools=self._tools, system_prompt=self._system_message, middleware=[self._gate]
+        )
+
+    async def run(self, query: str, *, external_history: Sequence[BaseMessage] = ()) -> str:
+        """Answer the query in the current run's context; raise RunEnded where the run ends otherwise."""
+        messages = [*external_history, HumanMessage(content=query)]
+        await self._agent_executor.ainvoke(
+            {"messages": messages}, config={"callbacks": [], "recursion_limit": self.recursion_limit}
+        )
+        return current_run().answer

@@ -1,0 +1,43 @@
+"""The chat models that this process talks to, one object for each (endpoint, model, temperature)."""
+
+from __future__ import annotations
+
+import httpx
+
+from app.outbound.catalogue import ModelCatalogue
+from app.runs.agent import GovernedChat
+from app.runs.state import MODEL_FAILED, Ending, RunEnded
+
+
+class Chats:
+    """Builds chat models over one outbound client and keeps them: their set-up costs more than a turn."""
+
+    def __init__(self, catalogue: ModelCatalogue, client: httpx.AsyncClient, *, timeout_s: float, retries: int) -> None:
+        self._catalogue = catalogue
+        self._client = client
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._chats: dict[tuple[str, str | None, float], GovernedChat] = {}
+
+    def get(self, use: str, name: str | None, *, temperature: float) -> GovernedChat:
+        """Raise RunEnded where the catalogue has lost what a published policy names."""
+        key = (use, name, temperature)
+        if key not in self._chats:
+            self._chats[key] = self._build(use, name, temperature)
+        return self._chats[key]
+
+    def _build(self, use: str, name: str | None, temperature: float) -> GovernedChat:
+        if self._catalogue.faults(use, name):
+            raise RunEnded(
+                Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, "The policy's model is gone.")
+            )
+        endpoint = self._catalogue.endpoints[use]
+        return GovernedChat(
+            model=name or endpoint.models[0],
+            base_url=endpoint.base_url,
+            api_key=lambda: endpoint.api_key,
+            temperature=temperature,
+            timeout=self._timeout_s,
+            max_retries=self._retries,
+            http_async_client=self._client,
+        )

@@ -1,0 +1,90 @@
+"""What one run carries with it, visible to every layer through a context variable of the run's own task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+from uuid import UUID
+
+from app.caller import Caller
+from app.keyring import SecretKey
+from app.policies.engine import Decision
+from app.policies.versions import ActivePolicy
+from app.runs.state import STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
+
+_UNDECIDED: Final = Decision(allowed=False, rule="not_decided", reason="")
+
+
+@dataclass(slots=True)
+class Call:
+    """One tool call that the model asked for, and what became of it."""
+
+    sequence: int
+    tool: str
+    arguments: Mapping[str, Any] = field(repr=False)
+    decision: Decision = _UNDECIDED
+    outcome: Outcome | None = None
+    result: str = field(default="", repr=False)
+    duration_ms: int | None = None
+
+
+@dataclass(slots=True)
+class RunContext:
+    """A run in flight. `content_key` seals its texts, `hash_key` makes the audit record's keyed hashes."""
+
+    run_id: UUID
+    caller: Caller
+    policy: ActivePolicy
+    content_key: SecretKey = field(repr=False)
+    hash_key: SecretKey = field(repr=False)
+    model_turns: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    answer: str = field(default="", repr=False)
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """The catalogue's entry and, where the policy names one, the model."""
+        choice = self.policy.document.model
+        return f"{choice.use}/{choice.name}" if choice.name else choice.use
+
+    @property
+    def tools_in_flight(self) -> frozenset[str]:
+        """Tools that have been allowed and have not answered yet."""
+        return frozenset(call.tool for call in self.calls if call.decision and call.outcome is None)
+
+    def begin_model_turn(self) -> None:
+        """Raise RunEnded past the policy's max_steps."""
+        if self.model_turns >= self.policy.document.limits.max_steps:
+            raise RunEnded(STEP_LIMIT)
+        self.model_turns += 1
+
+    def begin_call(self, tool: str, arguments: Mapping[str, Any]) -> Call:
+        """Number a tool call; raise RunEnded past the policy's max_tool_calls."""
+        if len(self.calls) >= self.policy.document.limits.max_tool_calls:
+            raise RunEnded(TOOL_LIMIT)
+        call = Call(len(self.calls) + 1, tool, arguments)
+        self.calls.append(call)
+        return call
+
+
+_CURRENT: ContextVar[RunContext] = ContextVar("run")
+
+
+def current_run() -> RunContext:
+    """The run whose task this is; raise LookupError outside of one, so that nothing happens without one."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def running(run: RunContext) -> Iterator[None]:
+    """Make the run current for the block."""
+    token = _CURRENT.set(run)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

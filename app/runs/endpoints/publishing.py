@@ -1,0 +1,56 @@
+"""The route that publishes a policy: here and not with the policies, since it may end runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict
+
+from app.auth.dependencies import TheDatabase, requires
+from app.caller import Caller
+from app.problems import responses
+from app.runs import repository
+from app.runs.state import StopCause
+from app.scopes import Scope
+from app.servers import publish as publishing
+from app.servers.tenant_servers import TenantServers
+
+router = APIRouter(tags=["policies"])
+
+
+class PublishIn(BaseModel):
+    """Whether runs in flight end (`revoke_running`) or finish on the version that they started under."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    revoke_running: bool = False
+
+
+class PublishedOut(BaseModel):
+    """The version that holds now, and how many runs in flight were ordered to stop."""
+
+    version: int
+    revoked_runs: int
+
+
+@router.post(
+    "/v1/policies/{version}/publish",
+    summary="Make a version hold",
+    responses=responses(401, 403, 404, 422, 503),
+)
+async def publish_policy(
+    request: Request,
+    version: int,
+    body: PublishIn,
+    caller: Annotated[Caller, Depends(requires(Scope.POLICIES_PUBLISH))],
+    database: TheDatabase,
+) -> PublishedOut:
+    """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
+    servers: TenantServers = request.app.state.servers
+    await publishing.publish(database, servers, request.app.state.catalogue, caller, version)
+    revoked = 0
+    if body.revoke_running:
+        async with database.transaction(caller.tenant_id) as session:
+            revoked = await repository.order_cancel(session, StopCause.POLICY_REVOKED)
+    return PublishedOut(version=version, revoked_runs=revoked)

@@ -1,0 +1,112 @@
+"""The gate: every tool call of the model, known or not, is decided, journalled, made and bounded here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final, Protocol
+
+from langchain.agents.middleware import AgentMiddleware
+from langchain.agents.middleware.types import ToolCallRequest
+from langchain_core.messages import ToolMessage
+from langgraph.types import Command
+from mcp.types import CallToolResult, TextContent
+
+from app.policies.decision import Decision
+from app.policies.engine import ToolRequest
+from app.runs.context import Call, RunContext, current_run
+from app.runs.journal import Journal
+from app.runs.redaction import Redactor
+from app.runs.state import Outcome, RunEnded
+from app.servers.errors import ServerLost, ToolTimedOut
+from app.servers.filesystem import template as filesystem
+from app.telemetry.metrics import TOOL_CALLS, VIOLATIONS
+
+_MAX_RESULT_CHARS: Final = 60_000
+
+
+class CallServer(Protocol):
+    """Calls a tool of a live server of the run's tenant."""
+
+    async def __call__(self, run: RunContext, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
+        """Raise ToolTimedOut, ServerLost, or RunEnded where the server does not start."""
+
+
+class Gate(AgentMiddleware):
+    """The outer enforcement layer, in LangChain's loop. The inner one is servers.permits."""
+
+    def __init__(self, *, journal: Journal, call_server: CallServer, redact: Redactor) -> None:
+        super().__init__()
+        self._journal = journal
+        self._call_server = call_server
+        self._redact = redact
+
+    def awrap_tool_call(  # a plain def: LangChain traces an `async def` hook through two thread hops
+        self,
+        request: ToolCallRequest,
+        handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]],
+    ) -> Coroutine[Any, Any, ToolMessage | Command[Any]]:
+        """Govern the call and make it ourselves: the handler, which would call the tool unasked, is not used."""
+        asked = request.tool_call
+        return self._answer(asked["name"], asked["args"], call_id=asked["id"] or "")
+
+    async def _answer(self, tool: str, arguments: Mapping[str, Any], *, call_id: str) -> ToolMessage:
+        run = current_run()
+        text, is_good = await self._govern(run, run.begin_call(tool, arguments))
+        return ToolMessage(content=text, tool_call_id=call_id, name=tool, status="success" if is_good else "error")
+
+    async def _govern(self, run: RunContext, call: Call) -> tuple[str, bool]:
+        decision = await self._journal.record(run, call, _decide(run, call))
+        if not decision:
+            TOOL_CALLS.labels("denied", "denied").inc()
+            VIOLATIONS.labels("tool_denied").inc()
+            return f"Denied by the policy (rule {decision.rule}): {decision.reason}", False
+        started = time.monotonic()
+        try:
+            outcome, text = await self._make(run, call)
+        except RunEnded:  # the server did not start, so nothing was called
+            self._close(run, call, Outcome.FAILED, "", started)
+            raise
+        except BaseException:  # cancelled, or a defect: the server may have acted
+            self._close(run, call, Outcome.UNKNOWN, "", started)
+            raise
+        self._close(run, call, outcome, text, started)
+        return call.result, outcome is Outcome.SUCCEEDED
+
+    async def _make(self, run: RunContext, call: Call) -> tuple[Outcome, str]:
+        try:
+            result = await self._call_server(run, call.tool, call.arguments)
+        except ToolTimedOut:
+            return Outcome.TIMED_OUT, "The tool did not answer in time."
+        except ServerLost:
+            return Outcome.FAILED, "The tool server ended during the call."
+        return (Outcome.FAILED if result.isError else Outcome.SUCCEEDED), _text_of(result)
+
+    def _close(self, run: RunContext, call: Call, outcome: Outcome, text: str, started: float) -> None:
+        call.outcome = outcome
+        call.result = self._redact(text)[:_MAX_RESULT_CHARS]
+        call.duration_ms = round((time.monotonic() - started) * 1000)
+        self._journal.note(run, call)
+        TOOL_CALLS.labels("allowed", outcome.value).inc()
+
+
+def _decide(run: RunContext, call: Call) -> Decision:
+    """The policy's rules, and then those that the server's template brings along."""
+    caller, policy = run.caller, run.policy
+    decision = policy.compiled.decide(
+        ToolRequest(tool=call.tool, arguments=call.arguments, user_id=str(caller.user_id), role=caller.role.value)
+    )
+    if decision:
+        server, _, tool = call.tool.partition("__")
+        if denial := filesystem.check_call(policy.document.servers[server], tool, call.arguments):
+            return Decision.deny(denial.rule, denial.reason)
+    return decision
+
+
+def _text_of(result: CallToolResult) -> str:
+    """The text of a result; other content is named, not passed on."""
+    parts = [
+        block.text if isinstance(block, TextContent) else f"[{block.type} content left out]" for block in result.content
+    ]
+    text = "\n".join(parts) or "(the tool returned nothing)"
+    return f"The tool reports an error: {text}" if result.isError else text

@@ -1,0 +1,132 @@
+"""The journal: a tool call's decision is durable before the call, its outcome before the next effect or the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import bindparam, insert, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
+from app.db import Database
+from app.policies.engine import Decision
+from app.runs import contents
+from app.runs.context import Call, RunContext
+from app.runs.models import ToolCall
+from app.runs.state import Outcome, RunEnded, cancelled
+from app.runs.stops import read_orders
+
+_KILLED = Decision(allowed=False, rule="kill_switch", reason="this tool has been stopped")
+_OUTCOME = (
+    update(ToolCall)
+    .where(
+        ToolCall.tenant_id == bindparam("of_tenant"),
+        ToolCall.run_id == bindparam("of_run"),
+        ToolCall.sequence == bindparam("of_sequence"),
+        ToolCall.outcome.is_(None),
+    )
+    .values(outcome=bindparam("new_outcome"), duration_ms=bindparam("new_duration_ms"))
+    .execution_options(synchronize_session=None)
+)
+
+
+class Journal:
+    """Writes what runs decide and do. Outcomes wait for the next commit of their run: one fewer a call."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._unwritten: dict[UUID, list[Call]] = {}
+
+    async def record(self, run: RunContext, call: Call, decision: Decision) -> Decision:
+        """Commit the decision on a call, and give it back, or a denial where a kill switch has been engaged.
+
+        Raise RunEnded where the run must stop now; then nothing of the call is recorded, since nothing is done.
+        """
+        tenant_id = run.caller.tenant_id
+        async with self._database.transaction(tenant_id) as session:
+            (orders,) = await read_orders(session, [run.run_id])
+            await self.flush(session, run)
+            if orders.stop is None:
+                if decision and orders.stops(call.tool):
+                    decision = _KILLED
+                call.decision = decision
+                call.outcome = None if decision else Outcome.DENIED
+                await self._insert(session, run, call)
+        if orders.stop is not None:
+            raise RunEnded(cancelled(orders.stop))
+        return decision
+
+    async def _insert(self, session: AsyncSession, run: RunContext, call: Call) -> None:
+        tenant_id = run.caller.tenant_id
+        arguments = canonical_arguments(call.arguments)
+        await session.execute(
+            insert(ToolCall).values(
+                tenant_id=tenant_id,
+                run_id=run.run_id,
+                sequence=call.sequence,
+                tool=call.tool[:128],
+                decision="allowed" if call.decision else "denied",
+                rule=call.decision.rule,
+                outcome=call.outcome,
+            )
+        )
+        await contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
+        await audit.append(session, tenant_id, _decided(run, call, arguments))
+
+    def note(self, run: RunContext, call: Call) -> None:
+        """Keep the outcome of an allowed call until the run's next commit."""
+        self._unwritten.setdefault(run.run_id, []).append(call)
+
+    async def flush(self, session: AsyncSession, run: RunContext) -> None:
+        """Write the outcomes noted so far, in the caller's transaction."""
+        calls = self._unwritten.pop(run.run_id, [])
+        if not calls:
+            return
+        tenant_id = run.caller.tenant_id
+        connection = await session.connection()
+        await connection.execute(_OUTCOME, [_outcome_row(tenant_id, run.run_id, call) for call in calls])
+        for call in calls:
+            await contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
+        await audit.append(session, tenant_id, *(_finished(run, call) for call in calls))
+
+
+def canonical_arguments(arguments: Mapping[str, Any]) -> str:
+    """Arguments as they are sealed and hashed."""
+    return json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _outcome_row(tenant_id: UUID, run_id: UUID, call: Call) -> dict[str, Any]:
+    return {
+        "of_tenant": tenant_id,
+        "of_run": run_id,
+        "of_sequence": call.sequence,
+        "new_outcome": call.outcome,
+        "new_duration_ms": call.duration_ms,
+    }
+
+
+def _decided(run: RunContext, call: Call, arguments: str) -> Event:
+    data = {
+        "sequence": call.sequence,
+        "tool": call.tool[:128],
+        "decision": "allowed" if call.decision else "denied",
+        "rule": call.decision.rule,
+        "policy_version": run.policy.version,
+        "arguments_hmac": run.hash_key.mac("audit", arguments.encode()).hex(),
+    }
+    return Event(EventType.TOOL_DECIDED, actor_id=run.caller.user_id, run_id=run.run_id, data=data)
+
+
+def _finished(run: RunContext, call: Call) -> Event:
+    data = {
+        "sequence": call.sequence,
+        "tool": call.tool,
+        "outcome": call.outcome,
+        "duration_ms": call.duration_ms,
+        "result_hmac": run.hash_key.mac("audit", call.result.encode()).hex(),
+    }
+    return Event(EventType.TOOL_FINISHED, actor_id=run.caller.user_id, run_id=run.run_id, data=data)

@@ -1,0 +1,79 @@
+"""Orders to stop runs in flight: disabled tenants and users, revoked keys, kill switches, cancellations.
+
+One statement reads them, so that what ends a run between two calls and what interrupts a call are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.caller import PLATFORM_TENANT
+from app.runs.state import StopCause
+
+# The validity of tenant, user and key as of now; nothing here is cached.
+_ORDERS: Final = text("""
+select r.id, r.state, r.cancel_cause,
+       t.status = 'disabled' as tenant_disabled,
+       u.disabled_at is not null as user_disabled,
+       k.id is not null and (k.revoked_at is not null or k.expires_at <= now()) as key_revoked,
+       array(
+           select s.scope || ':' || coalesce(s.target, '')
+           from kill_switches s
+           where s.tenant_id in (r.tenant_id, :platform) and s.lifted_at is null
+       ) as switches
+from runs r
+join tenants t on t.id = r.tenant_id
+join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
+left join api_keys k on k.tenant_id = r.tenant_id and k.id = r.key_id
+where r.id = any(:run_ids)
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What holds for one run now: why it must stop, if it must, and what it may no longer call."""
+
+    run_id: UUID
+    stop: StopCause | None
+    is_running: bool
+    stopped_servers: frozenset[str]
+    stopped_tools: frozenset[str]
+
+    def stops(self, tool: str) -> bool:
+        """True for a tool that a kill switch names, by itself or through its server."""
+        return tool in self.stopped_tools or tool.partition("__")[0] in self.stopped_servers
+
+
+async def read_orders(session: AsyncSession, run_ids: Sequence[UUID]) -> list[Orders]:
+    """Read the orders for these runs; as the app role only the current tenant's are seen."""
+    rows = await session.execute(_ORDERS, {"run_ids": list(run_ids), "platform": PLATFORM_TENANT})
+    return [_orders(row) for row in rows.all()]
+
+
+def _orders(row: Row[Any]) -> Orders:
+    switches = [switch.partition(":") for switch in row.switches]
+    return Orders(
+        run_id=row.id,
+        stop=_cause(row, {scope for scope, _, _ in switches}),
+        is_running=row.state == "running",
+        stopped_servers=frozenset(target for scope, _, target in switches if scope == "server"),
+        stopped_tools=frozenset(target for scope, _, target in switches if scope == "tool"),
+    )
+
+
+def _cause(row: Row[Any], scopes: set[str]) -> StopCause | None:
+    if row.cancel_cause is not None:
+        return StopCause(row.cancel_cause)
+    if scopes & {"all", "tenant"}:
+        return StopCause.KILL_SWITCH
+    if row.tenant_disabled:
+        return StopCause.TENANT_DISABLED
+    if row.user_disabled:
+        return StopCause.USER_DISABLED
+    return StopCause.KEY_REVOKED if row.key_revoked else None

@@ -1,0 +1,13 @@
+"""Every domain's tables, for Alembic and for foreign keys that name a table of another domain."""
+
+from __future__ import annotations
+
+from app.audit import models as audit
+from app.auth import models as auth
+from app.db import Base
+from app.policies import models as policies
+from app.runs import models as runs
+from app.tenants import models as tenants
+
+metadata = Base.metadata
+__all__ = ["audit", "auth", "metadata", "policies", "runs", "tenants"]

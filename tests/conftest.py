@@ -1,0 +1,65 @@
+"""Real parts for every test: one embedded Postgres a worker, a migrated template database, services on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app import migration
+from app.db import DatabaseUrls
+from app.embedded.postgres import EmbeddedPostgres
+from tests.service import Databases, Service, running_service
+
+# The embedded Postgres of a test may lose its data with the machine: speed over durability, in tests alone.
+_OPTIONS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    """One cluster a test worker."""
+    cluster = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), _OPTIONS)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def databases(postgres: EmbeddedPostgres) -> Databases:
+    """Fresh databases, cloned from a migrated template."""
+    template = postgres.provision("template_bulkhead")
+    migration.upgrade(template)
+    numbers = count(1)
+
+    def make() -> DatabaseUrls:
+        name = f"test_{next(numbers)}"
+        asyncio.run(_clone(postgres, name))
+        return postgres.provision(name)
+
+    return make
+
+
+async def _clone(postgres: EmbeddedPostgres, name: str) -> None:
+    engine = create_async_engine(postgres.url("postgres", "postgres"), isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(text(f'create database "{name}" template template_bulkhead owner bulkhead_owner'))
+    await engine.dispose()
+
+
+@pytest.fixture(scope="session")
+async def service(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+    """A service with the rehearsal model, shared by the tests of a worker: each makes tenants of its own."""
+    async with running_service(databases, tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@pytest.fixture
+async def fresh_service(databases: Databases, tmp_path: Path) -> AsyncIterator[Service]:
+    """A service of the test's own."""
+    async with running_service(databases, tmp_path) as running:
+        yield running

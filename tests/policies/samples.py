@@ -1,0 +1,92 @@
+"""Policies and pinned tools, made from short data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import pytest
+
+from app.policies.document import PolicyInvalid, parse
+from app.policies.engine import CompiledPolicy, Decision, PinnedTool, ToolRequest, compile_policy
+
+PATH: Final = {"type": "string", "minLength": 1}
+SCHEMAS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "docs__read_file": {"properties": {"path": PATH}, "required": ["path"], "additionalProperties": False},
+    "docs__write_file": {
+        "properties": {"path": PATH, "content": {"type": "string"}},
+        "required": ["path", "content"],
+        "additionalProperties": False,
+    },
+    "docs__delete_file": {"properties": {"path": PATH}, "required": ["path"]},
+    "bank__pay": {
+        "$defs": {"Party": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}},
+        "properties": {
+            "amount": {"type": "integer"},
+            "rate": {"type": "number"},
+            "urgent": {"type": "boolean"},
+            "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+            "labels": {"type": "array", "items": {"type": "string"}},
+            "payee": {"$ref": "#/$defs/Party", "description": "Who is paid."},
+            "extra": {"description": "anything"},
+            "mixed": {"type": ["string", "integer"]},
+        },
+        "required": ["amount"],
+    },
+}
+
+
+def pinned(schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS) -> list[PinnedTool]:
+    return [
+        PinnedTool(name=name, server=name.partition("__")[0], description="", input_schema={"type": "object", **schema})
+        for name, schema in schemas.items()
+    ]
+
+
+def document_text(*, allow: Iterable[str] = (), deny: Iterable[str] = (), rules: str = "") -> str:
+    indented = rules.replace("\n", "\n    ")
+    return f"""
+schema: bulkhead/1
+servers:
+  docs: {{template: filesystem, root: docs}}
+  bank: {{template: filesystem, root: bank}}
+tools:
+  allow: {list(allow)}
+  deny: {list(deny)}
+  rules: |
+    {indented}
+"""
+
+
+def policy(
+    *,
+    allow: Iterable[str] = (),
+    deny: Iterable[str] = (),
+    rules: str = "",
+    schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS,
+) -> CompiledPolicy:
+    return compile_policy(parse(document_text(allow=allow, deny=deny, rules=rules)), pinned(schemas))
+
+
+def refusals(**document: Any) -> list[tuple[str, str]]:
+    with pytest.raises(PolicyInvalid) as raised:
+        policy(**document)
+    return [(fault.path, fault.message) for fault in raised.value.faults]
+
+
+def ask(
+    compiled: CompiledPolicy,
+    tool: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    role: str = "user",
+    user: str = "u1",
+    **named: Any,
+) -> Decision:
+    """Decide on arguments given as a mapping, or by name."""
+    sent = named if arguments is None else arguments
+    return compiled.decide(ToolRequest(tool=tool, arguments=sent, user_id=user, role=role))
+
+
+def visible(compiled: CompiledPolicy) -> set[str]:
+    return {tool.name for tool in compiled.visible_tools}

@@ -1,0 +1,183 @@
+"""The policy document: what is read, and that every fault is told at its place."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from app.policies.document import PolicyInvalid, digest, parse
+
+FULL = """
+schema: bulkhead/1
+model: {use: default, name: gpt-4.1-mini, temperature: 0}
+instructions: You answer from the tenant's documents.
+limits: {max_steps: 30, timeout_s: 60, max_tool_calls: 40, requests: 5/second}
+input: {preset: off, max_length: 4000, block: ["(?i)internal-only"], flag: [secret]}
+servers:
+  docs: {template: filesystem, root: docs, readonly: false, max_file_size: 512KB, allowed_extensions: [.txt, .md]}
+tools:
+  allow: [docs__*]
+  deny: ["*__delete*"]
+  rules: |
+    forbid (principal, action == Action::"docs__write_file", resource);
+"""
+
+
+def faults(text: str) -> dict[str, str]:
+    with pytest.raises(PolicyInvalid) as raised:
+        parse(text)
+    assert raised.value.code == "policy_invalid"
+    return {fault.path: fault.message for fault in raised.value.faults}
+
+
+def with_section(section: str) -> str:
+    return f"schema: bulkhead/1\n{section}\n"
+
+
+def test_every_key_is_read() -> None:
+    policy = parse(FULL)
+    server = policy.servers["docs"]
+    assert (policy.model.name, policy.limits.requests, policy.input.preset) == ("gpt-4.1-mini", "5/second", "off")
+    assert (server.root, server.readonly, server.max_file_size) == ("docs", False, 512 * 1024)
+    assert server.allowed_extensions == (".txt", ".md")
+    assert policy.tools.deny == ("*__delete*",)
+    assert policy.tools.rules.startswith("forbid")
+
+
+def test_defaults_are_the_guides() -> None:
+    policy = parse(with_section("servers: {docs: {template: filesystem, root: docs}}"))
+    server = policy.servers["docs"]
+    assert (policy.limits.max_steps, policy.limits.timeout_s, policy.limits.max_tool_calls) == (20, 300, 10)
+    assert (policy.limits.requests, policy.input.preset) == ("10/minute", "balanced")
+    assert (server.readonly, server.max_file_size) == (True, 10 * 1024 * 1024)
+    assert server.allowed_extensions == (".txt", ".md", ".json", ".py")
+    assert policy.tools.allow == ()
+
+
+def test_ten_faults_give_ten_errors() -> None:
+    found = faults("""
+schema: bulkhead/2
+surprise: 1
+model: {temperature: 3}
+limits: {max_steps: 0, timeout_s: 9999, requests: often, tokens_per_day: 5}
+input: {block: ["("]}
+servers: {docs: {template: filesystem, root: ../etc}}
+tools: {allow: ["docs__?"]}
+""")
+    assert set(found) == {
+        "/schema",
+        "/surprise",
+        "/model/temperature",
+        "/limits/max_steps",
+        "/limits/timeout_s",
+        "/limits/requests",
+        "/limits/tokens_per_day",
+        "/input/block/0",
+        "/servers/docs/root",
+        "/tools/allow/0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "message"),
+    [
+        ("tools: {approve: [a__b]}", "/tools/approve", "approve is not enforced yet"),
+        ("limits: {tokens_per_day: 1}", "/limits/tokens_per_day", "tokens_per_day is not enforced yet"),
+        ("limits: {cost_usd_per_day: '50'}", "/limits/cost_usd_per_day", "cost_usd_per_day is not enforced yet"),
+        (
+            "servers: {docs: {template: filesystem, root: docs, isolation: run}}",
+            "/servers/docs/isolation",
+            "isolation is not enforced yet",
+        ),
+        (
+            "servers: {web: {template: browser}}",
+            "/servers/web/template",
+            "template browser is not enforced yet",
+        ),
+        ("approve: [a__b]", "/approve", "approve is not a known key"),
+        ("tools: {alow: []}", "/tools/alow", "alow is not a known key"),
+        ("limits: {max_steps: 1, max_steps: 2}", "/limits/max_steps", "is given twice"),
+        ("a/b~c: 1", "/a~1b~0c", "a/b~c is not a known key"),
+    ],
+)
+def test_a_key_that_nothing_enforces_is_refused_by_name(section: str, path: str, message: str) -> None:
+    assert faults(with_section(section)) == {path: message}
+
+
+@pytest.mark.parametrize(
+    ("section", "path"),
+    [
+        ("servers: {Docs: {template: filesystem, root: docs}}", "/servers/Docs"),
+        ("servers: {my__docs: {template: filesystem, root: docs}}", "/servers/my__docs"),
+        ("servers: {docs: {template: 7, root: docs}}", "/servers/docs/template"),
+        ("servers: {docs: {template: filesystem}}", "/servers/docs/root"),
+        ("servers: {docs: {template: filesystem, root: docs, readonly: no}}", "/servers/docs/readonly"),
+        ("servers: {docs: {template: filesystem, root: docs, max_file_size: 10}}", "/servers/docs/max_file_size"),
+        ("servers: {docs: {template: filesystem, root: docs, max_file_size: 101MB}}", "/servers/docs/max_file_size"),
+        (
+            "servers: {docs: {template: filesystem, root: docs, allowed_extensions: [txt]}}",
+            "/servers/docs/allowed_extensions/0",
+        ),
+        (
+            "servers: {docs: {template: filesystem, root: docs, allowed_extensions: []}}",
+            "/servers/docs/allowed_extensions",
+        ),
+        ("limits: {max_steps: true}", "/limits/max_steps"),
+        ("limits: {max_steps: '20'}", "/limits/max_steps"),
+        ("limits: {max_steps: 1:30}", "/limits/max_steps"),
+        ("limits: {requests: 0/minute}", "/limits/requests"),
+        ("limits: {requests: '10/minute\n\n'}", "/limits/requests"),
+        ("limits:", "/limits"),
+        ("model: {temperature: .nan}", "/model/temperature"),
+        ("input: {preset: loose}", "/input/preset"),
+        ("input: {flag: ['(?=lookahead)']}", "/input/flag/0"),
+        (f"input: {{flag: ['{'a' * 501}']}}", "/input/flag/0"),
+        (f"input: {{flag: {['a'] * 51}}}", "/input/flag"),
+        ("tools: {deny: ['docs__read file']}", "/tools/deny/0"),
+        ("<<: {model: {use: x}}", "/<<"),
+        ("? [a]\n: 1", ""),
+    ],
+)
+def test_a_wrong_value_is_refused_at_its_place(section: str, path: str) -> None:
+    assert list(faults(with_section(section))) == [path]
+
+
+@pytest.mark.parametrize("name", ["off", "no", "2020-99-99", "1:30", "0x1F", "1_000"])
+def test_what_yaml_would_turn_into_something_else_stays_text(name: str) -> None:
+    assert parse(with_section(f"model: {{name: {name}}}")).model.name == name
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join(['*a'] * 9)}]\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("", "", id="empty"),
+        pytest.param("- a", "", id="a list"),
+        pytest.param(BOMB, "Anchors and aliases", id="alias bomb"),
+        pytest.param("a: &x 1", "Anchors and aliases", id="anchor"),
+        pytest.param("a: !!python/object/apply:os.system [id]", "Tags", id="python tag"),
+        pytest.param("a: !!str 1", "Tags", id="any tag"),
+        pytest.param("[" * 100_000, "nested deeper", id="open brackets"),
+        pytest.param("a: " + "[" * 13 + "]" * 13, "nested deeper", id="one level too deep"),
+        pytest.param("a: [" + "1, " * 20_000 + "]", "too many entries", id="too many"),
+        pytest.param("a: " + "x" * (256 * 1024), "larger than 256 KiB", id="too large"),
+        pytest.param("a: 1\n---\nb: 2", "not valid YAML", id="two documents"),
+        pytest.param("a: [1", "not valid YAML: line", id="unfinished"),
+        pytest.param("a: \ud800", "not valid Unicode", id="lone surrogate"),
+        pytest.param("a: \x00", "not valid YAML", id="nul"),
+    ],
+)
+def test_what_is_not_a_plain_document_is_refused_at_once(text: str, message: str) -> None:
+    started = time.monotonic()
+    found = faults(text)
+    assert time.monotonic() - started < 1
+    assert list(found) == [""]
+    assert message in found[""]
+
+
+def test_the_digest_is_of_the_text_as_written() -> None:
+    assert digest("a: 1") != digest("a:  1")
+    assert len(digest("\ud800")) == 64

@@ -1,0 +1,209 @@
+"""A running service for tests: the real application on a real port, its own database, real sandboxed servers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app.db import Database, DatabaseUrls, create_engine
+from app.embedded.bootstrap import bootstrap
+from app.embedded.machine import rehearsal
+from app.keyring import Keyring, new_entry
+from app.main import create_app
+from app.outbound.catalogue import ModelEndpoint
+from app.sandbox.choice import choose
+from app.settings import Settings
+
+Databases = Callable[[], DatabaseUrls]
+
+POLICY = """\
+schema: bulkhead/1
+model: {use: rehearsal}
+limits: {requests: 100000/minute, max_tool_calls: 20}
+servers:
+  docs: {template: filesystem, root: docs}
+tools: {allow: ["docs__*"]}
+"""
+DEFAULT_MODEL_POLICY = POLICY.replace("rehearsal", "default")
+
+
+class Client(httpx.AsyncClient):
+    """A caller with a credential."""
+
+    async def ask(self, query: str, **extra: Any) -> httpx.Response:
+        """POST /query."""
+        return await self.post("/query", json={"query": query, **extra})
+
+    async def make(self, path: str, **body: Any) -> dict[str, Any]:
+        """POST what must succeed, and give the answer."""
+        response = await self.post(path, **body)
+        assert response.is_success, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def publish(self, policy: str, *, revoke_running: bool = False) -> int:
+        """Store and publish a policy; give its version."""
+        version: int = (await self.make("/v1/policies", content=policy.encode()))["version"]
+        await self.make(f"/v1/policies/{version}/publish", json={"revoke_running": revoke_running})
+        return version
+
+    async def put_file(self, path: str, content: str | bytes, *, workspace: str = "docs") -> None:
+        """Write a file to a workspace."""
+        data = content.encode() if isinstance(content, str) else content
+        response = await self.put(f"/v1/workspaces/{workspace}/files/{path}", content=data)
+        assert response.is_success, response.text
+
+    async def events(self, **query: Any) -> list[dict[str, Any]]:
+        """All audit events that fit, the oldest first."""
+        found: list[dict[str, Any]] = []
+        cursor: str | None = None
+        while True:
+            params = query | {"limit": 200} | ({"cursor": cursor} if cursor else {})
+            response = await self.get("/v1/audit/events", params=params)
+            assert response.is_success, response.text
+            page = response.json()
+            found += page["items"]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return found[::-1]
+
+
+@dataclass(slots=True)
+class Tenant:
+    """A tenant with clients of an admin and of a user."""
+
+    id: str
+    admin: Client
+    user: Client
+    user_id: str
+    user_key_id: str
+    user_key: str = field(repr=False)
+
+
+@dataclass(slots=True)
+class Service:
+    """The running service, seen from outside and, where a test must, from inside."""
+
+    url: str
+    app: FastAPI
+    data_dir: Path
+    urls: DatabaseUrls = field(repr=False)
+    platform: Client
+    metrics_token: str = field(repr=False)
+    _stack: AsyncExitStack = field(repr=False)
+
+    async def client(self, key: str) -> Client:
+        """A client with this credential, closed with the service."""
+        return await self._stack.enter_async_context(new_client(self.url, key))
+
+    async def new_user(self, tenant_id: str, role: str = "user") -> tuple[Client, dict[str, Any], dict[str, Any]]:
+        """A user of a tenant: client, user, key."""
+        base = f"/v1/tenants/{tenant_id}"
+        user = await self.platform.make(f"{base}/users", json={"name": secrets.token_hex(8), "role": role})
+        key = await self.platform.make(f"{base}/keys", json={"user_id": user["id"], "name": "test"})
+        return await self.client(key["key"]), user, key
+
+    async def new_tenant(
+        self, *, policy: str | None = POLICY, files: Mapping[str, str | bytes] | None = None
+    ) -> Tenant:
+        """A tenant with an admin, a user, files in the workspace `docs`, and a published policy."""
+        slug = f"t-{secrets.token_hex(8)}"
+        tenant_id = (await self.platform.make("/v1/tenants", json={"slug": slug}))["id"]
+        admin, _, _ = await self.new_user(tenant_id, "tenant_admin")
+        user, row, key = await self.new_user(tenant_id)
+        for path, content in (files or {}).items():
+            await admin.put_file(path, content)
+        if policy is not None:
+            await admin.publish(policy)
+        return Tenant(tenant_id, admin, user, row["id"], key["id"], key["key"])
+
+    def server_journal(self, tenant: Tenant, server: str = "docs") -> list[str]:
+        """The lines that a tool server has written to its stderr: its own journal."""
+        path = self.data_dir / "servers" / tenant.id / f"{server}.stderr"
+        return path.read_text().splitlines() if path.exists() else []
+
+    async def sql(self, statement: str, *, role: str = "owner", **values: Any) -> list[Any]:
+        """Run a statement as one of the roles, without a tenant."""
+        engine = create_async_engine(getattr(self.urls, role))
+        try:
+            async with engine.begin() as connection:
+                result = await connection.execute(text(statement), values)
+                return list(result.all()) if result.returns_rows else []
+        finally:
+            await engine.dispose()
+
+
+def new_client(url: str, key: str) -> Client:
+    """A caller of the service at `url`."""
+    limits = httpx.Limits(max_connections=200)
+    headers = {"Authorization": f"Bearer {key}"}
+    return Client(base_url=url, headers=headers, timeout=60, trust_env=False, limits=limits)
+
+
+class _Server(uvicorn.Server):
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self.serve([self._listener]))
+        while not self.started:  # noqa: ASYNC110  uvicorn offers no event to wait for
+            await asyncio.sleep(0.01)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.should_exit = True
+        await self._task
+
+    def capture_signals(self) -> Any:
+        """Signals belong to pytest."""
+        return nullcontext()
+
+    def on(self, listener: socket.socket) -> Self:
+        self._listener = listener
+        return self
+
+
+@asynccontextmanager
+async def running_service(
+    databases: Databases, data_dir: Path, *, model: ModelEndpoint | None = None, **settings: Any
+) -> AsyncIterator[Service]:
+    """Start a service; `model` becomes the catalogue's entry `default`, beside the rehearsal."""
+    urls = await asyncio.to_thread(databases)
+    token = secrets.token_urlsafe(16)
+    if model is not None:
+        settings |= {
+            "model_base_url": model.base_url,
+            "model_api_key": SecretStr(model.api_key),
+            "model_names": model.models,
+        }
+    chosen = Settings(
+        _env_file=None,
+        data_dir=data_dir,
+        root_keys=SecretStr(new_entry("k1")),
+        metrics_token=SecretStr(token),
+        **({"outbound_loopback": True} | settings),
+    )
+    assert chosen.root_keys is not None
+    owner = create_engine(urls.owner or "", pool_size=2)
+    platform_key = await bootstrap(Database(owner), Keyring.parse(chosen.root_keys.get_secret_value()))
+    await owner.dispose()
+    async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(rehearsal())
+        app = create_app(chosen, urls=urls, sandbox=await choose(), rehearsal=endpoint)
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
+        server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)).on(listener)
+        await stack.enter_async_context(server)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        platform = await stack.enter_async_context(new_client(url, platform_key.text))
+        yield Service(url, app, data_dir, urls, platform, token, stack)
