@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 import structlog
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.auth.service import Authenticator
@@ -19,6 +20,7 @@ from app.keyring import Keyring
 from app.scopes import Scope
 from app.telemetry.metrics import VIOLATIONS
 
+Row = TypeVar("Row")
 _bearer = HTTPBearer(auto_error=False, description="An API key (bh_...) or a token of a registered issuer.")
 
 
@@ -70,27 +72,41 @@ TheKeyring = Annotated[Keyring, Depends(_keyring)]
 TheCursors = Annotated[Cursors, Depends(_cursors)]
 
 
+@dataclass(frozen=True, slots=True)
 class Paging:
-    """`limit` and `cursor` of a list, and the cursor of the page after."""
+    """A page that a caller asks for: at most `limit` rows after `position`, which None leaves at the start."""
 
-    def __init__(self, caller: Caller, cursors: Cursors, listing: str, cursor: str | None) -> None:
-        self._caller, self._cursors, self._listing = caller, cursors, listing
-        self._position = (
-            cursors.read(cursor, listing=listing, tenant_id=caller.tenant_id) if cursor is not None else None
-        )
-
-    @property
-    def position(self) -> str | None:
-        """Where the page before ended."""
-        return self._position
+    limit: int
+    position: str | None
+    _listing: str
+    _tenant_id: UUID
+    _cursors: Cursors
 
     @property
     def id(self) -> UUID | None:
-        """The same, in lists that are ordered by id."""
-        return UUID(self._position) if self._position is not None else None
+        """The position in lists that are ordered by id."""
+        return UUID(self.position) if self.position is not None else None
 
-    def next(self, position: object, *, is_full: bool) -> str | None:
-        """The cursor of the next page, or None after a page that was not full."""
-        if not is_full:
-            return None
-        return self._cursors.write(str(position), listing=self._listing, tenant_id=self._caller.tenant_id)
+    def next_cursor(self, rows: Sequence[Row], position: Callable[[Row], object]) -> str | None:
+        """The cursor of the page after these rows, or None where they did not fill theirs."""
+        return self.cursor_at(position(rows[-1])) if len(rows) == self.limit else None
+
+    def cursor_at(self, position: object) -> str:
+        """The cursor that continues after a position."""
+        return self._cursors.write(str(position), listing=self._listing, tenant_id=self._tenant_id)
+
+
+def paging(listing: str) -> Callable[..., Awaitable[Paging]]:
+    """A dependency that reads `limit` and `cursor`; raises InvalidCursor for another list's or tenant's."""
+
+    async def read(
+        caller: AnyCaller,
+        cursors: TheCursors,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        cursor: Annotated[str | None, Query(max_length=2000)] = None,
+    ) -> Paging:
+        tenant_id = caller.tenant_id
+        position = cursors.read(cursor, listing=listing, tenant_id=tenant_id) if cursor is not None else None
+        return Paging(limit, position, listing, tenant_id, cursors)
+
+    return read

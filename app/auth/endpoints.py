@@ -6,14 +6,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Self
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from fastapi import APIRouter, Depends
+from pydantic import AwareDatetime, Field, model_validator
 
 from app.auth import repository, service
-from app.auth.dependencies import Paging, TheCursors, TheDatabase, TheKeyring, requires
-from app.auth.models import ApiKey, Issuer
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import Caller
 from app.problems import responses
+from app.schemas import Answer, Body
 from app.scopes import Scope
 
 router = APIRouter(tags=["credentials"])
@@ -23,25 +23,21 @@ IssuerReader = Annotated[Caller, Depends(requires(Scope.ISSUERS_READ))]
 IssuerWriter = Annotated[Caller, Depends(requires(Scope.ISSUERS_WRITE))]
 
 
-class KeyIn(BaseModel):
+class KeyIn(Body):
     """A key for a user of the tenant."""
-
-    model_config = ConfigDict(extra="forbid")
 
     user_id: UUID
     name: str = Field(min_length=1, max_length=100)
     expires_at: AwareDatetime | None = None
 
 
-class RotateIn(BaseModel):
+class RotateIn(Body):
     """How long the old key goes on beside its successor, in seconds."""
-
-    model_config = ConfigDict(extra="forbid")
 
     overlap_s: int = Field(default=3600, ge=0, le=30 * 86400)
 
 
-class NewKeyOut(BaseModel):
+class NewKeyOut(Answer):
     """A key as it is shown this once."""
 
     id: UUID
@@ -49,7 +45,7 @@ class NewKeyOut(BaseModel):
     expires_at: datetime | None
 
 
-class KeyOut(BaseModel):
+class KeyOut(Answer):
     """A key without its text. `last_used_at` is exact to the minute."""
 
     id: UUID
@@ -61,32 +57,16 @@ class KeyOut(BaseModel):
     revoked_at: datetime | None
     last_used_at: datetime | None
 
-    @classmethod
-    def of(cls, key: ApiKey) -> Self:
-        """From its row."""
-        return cls(
-            id=key.id,
-            user_id=key.user_id,
-            name=key.name,
-            prefix=f"bh_{key.lookup}",
-            created_at=key.created_at,
-            expires_at=key.expires_at,
-            revoked_at=key.revoked_at,
-            last_used_at=key.last_used_at,
-        )
 
-
-class KeysOut(BaseModel):
+class KeysOut(Answer):
     """A page of keys, in the order of their making."""
 
     items: list[KeyOut]
     next_cursor: str | None
 
 
-class IssuerIn(BaseModel):
+class IssuerIn(Body):
     """An OIDC issuer with its keys: by an https URL, or the JWK set itself."""
-
-    model_config = ConfigDict(extra="forbid")
 
     issuer: str = Field(min_length=1, max_length=255)
     jwks_uri: str | None = Field(default=None, pattern=r"^https?://", max_length=2000)
@@ -100,7 +80,7 @@ class IssuerIn(BaseModel):
         return self
 
 
-class IssuerOut(BaseModel):
+class IssuerOut(Answer):
     """A trusted issuer. Its tokens must carry `audience`."""
 
     id: UUID
@@ -109,19 +89,8 @@ class IssuerOut(BaseModel):
     jwks_uri: str | None
     role_claim: str | None
 
-    @classmethod
-    def of(cls, issuer: Issuer) -> Self:
-        """From its row."""
-        return cls(
-            id=issuer.id,
-            issuer=issuer.issuer,
-            audience=issuer.audience,
-            jwks_uri=issuer.jwks_uri,
-            role_claim=issuer.role_claim,
-        )
 
-
-class IssuersOut(BaseModel):
+class IssuersOut(Answer):
     """All trusted issuers of the tenant."""
 
     items: list[IssuerOut]
@@ -154,16 +123,13 @@ async def create_tenant_key(
 async def list_keys(
     caller: KeyReader,
     database: TheDatabase,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("keys"))],
 ) -> KeysOut:
     """Never with their texts, which are not kept."""
-    paging = Paging(caller, cursors, "keys", cursor)
     async with database.transaction(caller.tenant_id) as session:
-        found = await repository.list_keys(session, after=paging.id, limit=limit)
-    next_cursor = paging.next(found[-1].id if found else "", is_full=len(found) == limit)
-    return KeysOut(items=[KeyOut.of(key) for key in found], next_cursor=next_cursor)
+        found = await repository.list_keys(session, after=page.id, limit=page.limit)
+    next_cursor = page.next_cursor(found, lambda key: key.id)
+    return KeysOut(items=[KeyOut.model_validate(key) for key in found], next_cursor=next_cursor)
 
 
 @router.post(
@@ -203,14 +169,16 @@ async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDat
             jwks_uri=body.jwks_uri,
             role_claim=body.role_claim,
         )
-        return next(IssuerOut.of(row) for row in await repository.list_issuers(session) if row.id == issuer_id)
+        return next(
+            IssuerOut.model_validate(row) for row in await repository.list_issuers(session) if row.id == issuer_id
+        )
 
 
 @router.get("/v1/issuers", summary="List trusted issuers", responses=responses(401, 403))
 async def list_issuers(caller: IssuerReader, database: TheDatabase) -> IssuersOut:
     """Of the caller's tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        return IssuersOut(items=[IssuerOut.of(row) for row in await repository.list_issuers(session)])
+        return IssuersOut(items=[IssuerOut.model_validate(row) for row in await repository.list_issuers(session)])
 
 
 @router.delete(

@@ -34,6 +34,11 @@ class ApiKey(Base):
     last_used_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
+    @property
+    def prefix(self) -> str:
+        """How its owner tells it from others: the beginning of its text."""
+        return f"bh_{self.lookup}"
+
 
 class Issuer(Base):
     """An OIDC issuer: (issuer, audience) belongs to one tenant in the whole platform."""

@@ -6,16 +6,15 @@ from datetime import datetime
 from typing import Annotated, Literal, Self
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
 
-from app.auth.dependencies import Paging, TheCursors, TheDatabase, requires
+from app.auth.dependencies import Paging, TheDatabase, paging, requires
 from app.caller import Caller
 from app.errors import Forbidden, Invalid
 from app.policies import switches, versions
-from app.policies.models import KillSwitch
-from app.policies.versions import Version
 from app.problems import responses
+from app.schemas import Answer, Body, VersionNumber
 from app.scopes import Scope
 
 router = APIRouter(tags=["policies"])
@@ -25,7 +24,7 @@ Switcher = Annotated[Caller, Depends(requires(Scope.SWITCHES_WRITE))]
 _YAML = {"requestBody": {"required": True, "content": {"application/yaml": {"schema": {"type": "string"}}}}}
 
 
-class VersionOut(BaseModel):
+class VersionOut(Answer):
     """A version without its document."""
 
     version: int
@@ -34,17 +33,6 @@ class VersionOut(BaseModel):
     created_by: UUID
     created_at: datetime
 
-    @classmethod
-    def of(cls, version: Version) -> Self:
-        """From the domain's own."""
-        return cls(
-            version=version.version,
-            digest=version.digest,
-            is_published=version.is_published,
-            created_by=version.created_by,
-            created_at=version.created_at,
-        )
-
 
 class VersionDetailOut(VersionOut):
     """A version with its document, as it was written."""
@@ -52,17 +40,15 @@ class VersionDetailOut(VersionOut):
     document: str
 
 
-class VersionsOut(BaseModel):
+class VersionsOut(Answer):
     """A page of versions, the newest first."""
 
     items: list[VersionOut]
     next_cursor: str | None
 
 
-class SwitchIn(BaseModel):
+class SwitchIn(Body):
     """What to stop. `target` is a server's name or a tool's (`server__tool`); `all` is the platform's alone."""
-
-    model_config = ConfigDict(extra="forbid")
 
     scope: Literal["all", "tenant", "server", "tool"]
     target: str | None = Field(default=None, min_length=1, max_length=128)
@@ -75,7 +61,7 @@ class SwitchIn(BaseModel):
         return self
 
 
-class SwitchOut(BaseModel):
+class SwitchOut(Answer):
     """A kill switch that holds."""
 
     id: UUID
@@ -85,20 +71,8 @@ class SwitchOut(BaseModel):
     engaged_by: UUID
     engaged_at: datetime
 
-    @classmethod
-    def of(cls, switch: KillSwitch) -> Self:
-        """From its row."""
-        return cls(
-            id=switch.id,
-            scope=switch.scope,
-            target=switch.target,
-            reason=switch.reason,
-            engaged_by=switch.engaged_by,
-            engaged_at=switch.engaged_at,
-        )
 
-
-class SwitchesOut(BaseModel):
+class SwitchesOut(Answer):
     """The switches that hold now."""
 
     items: list[SwitchOut]
@@ -119,32 +93,29 @@ async def create_policy(request: Request, caller: Writer, database: TheDatabase)
         raise Invalid("The document is not UTF-8.") from None
     async with database.transaction(caller.tenant_id) as session:
         version = await versions.create(session, caller, text)
-        return VersionOut.of(await versions.get(session, version))
+        return VersionOut.model_validate(await versions.get(session, version))
 
 
 @router.get("/v1/policies", summary="List versions, the newest first", responses=responses(401, 403, 422))
 async def list_policies(
     caller: Reader,
     database: TheDatabase,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("policies"))],
 ) -> VersionsOut:
     """Without their documents."""
-    paging = Paging(caller, cursors, "policies", cursor)
-    before = int(paging.position) if paging.position else None
+    before = int(page.position) if page.position else None
     async with database.transaction(caller.tenant_id) as session:
-        found = await versions.page(session, before=before, limit=limit)
-    next_cursor = paging.next(found[-1].version if found else "", is_full=len(found) == limit)
-    return VersionsOut(items=[VersionOut.of(version) for version in found], next_cursor=next_cursor)
+        found = await versions.page(session, before=before, limit=page.limit)
+    next_cursor = page.next_cursor(found, lambda version: version.version)
+    return VersionsOut(items=[VersionOut.model_validate(version) for version in found], next_cursor=next_cursor)
 
 
 @router.get("/v1/policies/{version}", summary="Read a version", responses=responses(401, 403, 404, 422))
-async def read_policy(version: int, caller: Reader, database: TheDatabase) -> VersionDetailOut:
+async def read_policy(version: VersionNumber, caller: Reader, database: TheDatabase) -> VersionDetailOut:
     """Versions never change."""
     async with database.transaction(caller.tenant_id) as session:
         found = await versions.get(session, version)
-    return VersionDetailOut(**VersionOut.of(found).model_dump(), document=found.document)
+    return VersionDetailOut.model_validate(found)
 
 
 @router.post("/v1/switches", status_code=201, summary="Engage a kill switch", responses=responses(401, 403, 422))
@@ -154,14 +125,16 @@ async def engage_switch(body: SwitchIn, caller: Switcher, database: TheDatabase)
         raise Forbidden("The platform's admins stop everything, a tenant's admins what is the tenant's.")
     async with database.transaction(caller.tenant_id) as session:
         switch_id = await switches.engage(session, caller, scope=body.scope, target=body.target, reason=body.reason)
-        return next(SwitchOut.of(row) for row in await switches.engaged(session, caller) if row.id == switch_id)
+        return next(
+            SwitchOut.model_validate(row) for row in await switches.engaged(session, caller) if row.id == switch_id
+        )
 
 
 @router.get("/v1/switches", summary="List the kill switches that hold", responses=responses(401, 403))
 async def list_switches(caller: Switcher, database: TheDatabase) -> SwitchesOut:
     """One's own: a tenant does not see the platform's."""
     async with database.transaction(caller.tenant_id) as session:
-        return SwitchesOut(items=[SwitchOut.of(row) for row in await switches.engaged(session, caller)])
+        return SwitchesOut(items=[SwitchOut.model_validate(row) for row in await switches.engaged(session, caller)])
 
 
 @router.delete(

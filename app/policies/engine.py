@@ -204,7 +204,8 @@ def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:
     try:
         return cedarpy.PolicySet.from_json_str(text)
     except ValueError as error:
-        raise PolicyInvalid(faults=[Fault(cedar_rules.WHERE, f"The rules cannot be compiled: {error}.")]) from error
+        fault = Fault(cedar_rules.WHERE, "A rule is too deep to compile: join at most 50 conditions in one rule.")
+        raise PolicyInvalid(faults=[fault]) from error
 
 
 def _hidden_by(tool: PinnedTool, rules: Iterable[Rule]) -> str | None:

@@ -82,14 +82,14 @@ def read(text: str) -> list[Rule]:
 
 def _check_shape(text: str) -> None:
     """Cedar's parser is recursive and native: 700 open brackets overflow its stack and end the process."""
-    bare = _TEXT_OR_COMMENT.sub('""', text)
+    bare = _TEXT_OR_COMMENT.sub("", text)
     depth = 0
     for character in bare:
         depth += (character in "([{") - (character in ")]}")
         if depth > MAX_NESTING:
             raise Unparsable(f"Brackets are nested deeper than {MAX_NESTING} levels.")
     if any(len(rule) > MAX_RULE_LENGTH for rule in bare.split(";")):
-        raise Unparsable(f"A rule is longer than {MAX_RULE_LENGTH} characters without its strings.")
+        raise Unparsable(f"A rule is longer than {MAX_RULE_LENGTH} characters without its strings and comments.")
 
 
 def _named(statements: Sequence[Mapping[str, Any]]) -> list[Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +34,10 @@ class Call:
 
 @dataclass(slots=True)
 class RunContext:
-    """A run in flight. `content_key` seals its texts, `hash_key` makes the audit record's keyed hashes."""
+    """A run in flight. `content_key` seals its texts, `hash_key` makes the audit record's keyed hashes.
+
+    `unwritten` are calls whose outcome waits for the run's next commit, `calling` the tasks that make calls.
+    """
 
     run_id: UUID
     caller: Caller
@@ -45,6 +49,21 @@ class RunContext:
     output_tokens: int = 0
     answer: str = field(default="", repr=False)
     calls: list[Call] = field(default_factory=list)
+    unwritten: list[Call] = field(default_factory=list)
+    calling: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    async def settle(self, *, patience_s: float) -> None:
+        """Let the calls under way end, and cancel what does not: nothing of a run happens after its end.
+
+        LangChain makes the calls of one message side by side, and forgets the others once one of them raises.
+        """
+        for cancels, patience in ((False, patience_s), (True, 5.0)):
+            calling = self.calling - {asyncio.current_task()}
+            if not calling:
+                return
+            for task in calling if cancels else ():
+                task.cancel()
+            await asyncio.wait(calling, timeout=patience)
 
     @property
     def model(self) -> str:

@@ -79,17 +79,22 @@ class Executor:
         return task.result(), flight.cause
 
     async def _attempt(self, run: RunContext, query: str, history: Sequence[BaseMessage]) -> Ending:
+        patience_s = 0.0
         try:
             async with asyncio.timeout(run.policy.document.limits.timeout_s):
                 with running(run):
                     await self._agent(run).run(query, external_history=history)
         except RunEnded as ended:
+            # At a limit the calls under way may still end; what stops the run otherwise stops them too.
+            patience_s = self._tool_timeout_s if ended.ending.answers else 0
             return ended.ending
         except TimeoutError:
             return RUN_TIMEOUT
         except Exception:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
             _log.exception("run.failed", run_id=str(run.run_id))
             return INTERNAL
+        finally:
+            await run.settle(patience_s=patience_s)
         return SUCCEEDED
 
     def _agent(self, run: RunContext) -> GovernedAgent:

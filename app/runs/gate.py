@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Protocol
@@ -51,8 +52,13 @@ class Gate(AgentMiddleware):
         return self._answer(asked["name"], asked["args"], call_id=asked["id"] or "")
 
     async def _answer(self, tool: str, arguments: Mapping[str, Any], *, call_id: str) -> ToolMessage:
-        run = current_run()
-        text, is_good = await self._govern(run, run.begin_call(tool, arguments))
+        run, task = current_run(), asyncio.current_task()
+        assert task is not None  # noqa: S101  a coroutine that runs has a task
+        run.calling.add(task)
+        try:
+            text, is_good = await self._govern(run, run.begin_call(tool, arguments))
+        finally:
+            run.calling.discard(task)
         return ToolMessage(content=text, tool_call_id=call_id, name=tool, status="success" if is_good else "error")
 
     async def _govern(self, run: RunContext, call: Call) -> tuple[str, bool]:
@@ -86,7 +92,7 @@ class Gate(AgentMiddleware):
         call.outcome = outcome
         call.result = self._redact(text)[:_MAX_RESULT_CHARS]
         call.duration_ms = round((time.monotonic() - started) * 1000)
-        self._journal.note(run, call)
+        run.unwritten.append(call)
         TOOL_CALLS.labels("allowed", outcome.value).inc()
 
 

@@ -17,8 +17,8 @@ from app.policies.engine import Decision
 from app.runs import contents
 from app.runs.context import Call, RunContext
 from app.runs.models import ToolCall
-from app.runs.state import Outcome, RunEnded, cancelled
-from app.runs.stops import read_orders
+from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
+from app.runs.stops import Orders, read_orders
 
 _KILLED = Decision(allowed=False, rule="kill_switch", reason="this tool has been stopped")
 _OUTCOME = (
@@ -39,7 +39,6 @@ class Journal:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._unwritten: dict[UUID, list[Call]] = {}
 
     async def record(self, run: RunContext, call: Call, decision: Decision) -> Decision:
         """Commit the decision on a call, and give it back, or a denial where a kill switch has been engaged.
@@ -50,14 +49,15 @@ class Journal:
         async with self._database.transaction(tenant_id) as session:
             (orders,) = await read_orders(session, [run.run_id])
             await self.flush(session, run)
-            if orders.stop is None:
+            ending = _ending(orders)
+            if ending is None:
                 if decision and orders.stops(call.tool):
                     decision = _KILLED
                 call.decision = decision
                 call.outcome = None if decision else Outcome.DENIED
                 await self._insert(session, run, call)
-        if orders.stop is not None:
-            raise RunEnded(cancelled(orders.stop))
+        if ending is not None:
+            raise RunEnded(ending)
         return decision
 
     async def _insert(self, session: AsyncSession, run: RunContext, call: Call) -> None:
@@ -77,13 +77,9 @@ class Journal:
         await contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
         await audit.append(session, tenant_id, _decided(run, call, arguments))
 
-    def note(self, run: RunContext, call: Call) -> None:
-        """Keep the outcome of an allowed call until the run's next commit."""
-        self._unwritten.setdefault(run.run_id, []).append(call)
-
     async def flush(self, session: AsyncSession, run: RunContext) -> None:
         """Write the outcomes noted so far, in the caller's transaction."""
-        calls = self._unwritten.pop(run.run_id, [])
+        calls, run.unwritten = run.unwritten, []
         if not calls:
             return
         tenant_id = run.caller.tenant_id
@@ -92,6 +88,13 @@ class Journal:
         for call in calls:
             await contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
         await audit.append(session, tenant_id, *(_finished(run, call) for call in calls))
+
+
+def _ending(orders: Orders) -> Ending | None:
+    """How the run must end now; one that another process has ended may do nothing more."""
+    if orders.stop is not None:
+        return cancelled(orders.stop)
+    return None if orders.is_running else INTERRUPTED
 
 
 def canonical_arguments(arguments: Mapping[str, Any]) -> str:

@@ -62,6 +62,8 @@ class Watch:
         for orders in all_orders:
             if orders.stop is not None:
                 self._executor.stop(orders.run_id, orders.stop)
+            elif not orders.is_running:  # another process took this one for dead
+                self._executor.stop(orders.run_id, StopCause.SHUTDOWN)
             elif any(orders.stops(tool) for tool in flights[orders.run_id].tools_in_flight):
                 self._executor.stop(orders.run_id, StopCause.KILL_SWITCH)
 

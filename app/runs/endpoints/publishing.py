@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict
 
 from app.auth.dependencies import TheDatabase, requires
 from app.caller import Caller
 from app.problems import responses
 from app.runs import repository
 from app.runs.state import StopCause
+from app.schemas import Answer, Body, VersionNumber
 from app.scopes import Scope
 from app.servers import publish as publishing
 from app.servers.tenant_servers import TenantServers
@@ -19,15 +19,13 @@ from app.servers.tenant_servers import TenantServers
 router = APIRouter(tags=["policies"])
 
 
-class PublishIn(BaseModel):
+class PublishIn(Body):
     """Whether runs in flight end (`revoke_running`) or finish on the version that they started under."""
-
-    model_config = ConfigDict(extra="forbid")
 
     revoke_running: bool = False
 
 
-class PublishedOut(BaseModel):
+class PublishedOut(Answer):
     """The version that holds now, and how many runs in flight were ordered to stop."""
 
     version: int
@@ -41,7 +39,7 @@ class PublishedOut(BaseModel):
 )
 async def publish_policy(
     request: Request,
-    version: int,
+    version: VersionNumber,
     body: PublishIn,
     caller: Annotated[Caller, Depends(requires(Scope.POLICIES_PUBLISH))],
     database: TheDatabase,

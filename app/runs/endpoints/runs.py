@@ -7,9 +7,9 @@ import time
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 
-from app.auth.dependencies import Paging, TheCursors, TheDatabase, requires
+from app.auth.dependencies import Paging, TheDatabase, paging, requires
 from app.caller import Caller
 from app.db import new_id
 from app.errors import AppError, NotFound
@@ -79,16 +79,13 @@ async def _cancel_when_client_is_gone(request: Request, runs: TheRuns, run_id: U
 async def list_runs(
     caller: Reader,
     database: TheDatabase,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("runs"))],
 ) -> RunsOut:
     """One's own runs; with `runs:read_all` those of the whole tenant."""
-    paging = Paging(caller, cursors, "runs", cursor)
     async with database.transaction(caller.tenant_id) as session:
-        runs = await repository.page(session, user_id=_only(caller), before=paging.id, limit=limit)
+        runs = await repository.page(session, user_id=_only(caller), before=page.id, limit=page.limit)
     items = [RunSummaryOut.of(run) for run in runs]
-    return RunsOut(items=items, next_cursor=paging.next(runs[-1].id if runs else "", is_full=len(runs) == limit))
+    return RunsOut(items=items, next_cursor=page.next_cursor(runs, lambda run: run.id))
 
 
 @router.get("/v1/runs/{run_id}", summary="Read one run", responses=responses(401, 403, 404, 422))

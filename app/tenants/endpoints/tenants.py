@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
 
-from app.auth.dependencies import Paging, TheCursors, TheDatabase, TheKeyring, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import PLATFORM_TENANT, Caller
 from app.errors import Forbidden, NotFound
 from app.platform_db import PlatformDatabase
 from app.problems import responses
+from app.schemas import Answer, Body
 from app.scopes import Role, Scope
 from app.tenants import repository, service
-from app.tenants.models import Tenant, User
 
 router = APIRouter(tags=["tenants and users"])
 TenantReader = Annotated[Caller, Depends(requires(Scope.TENANTS_READ))]
@@ -33,15 +33,13 @@ async def _platform(request: Request) -> PlatformDatabase:
 ThePlatform = Annotated[PlatformDatabase, Depends(_platform)]
 
 
-class TenantIn(BaseModel):
+class TenantIn(Body):
     """A new customer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     slug: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 
 
-class TenantOut(BaseModel):
+class TenantOut(Answer):
     """A customer."""
 
     id: UUID
@@ -49,29 +47,22 @@ class TenantOut(BaseModel):
     status: str
     created_at: datetime
 
-    @classmethod
-    def of(cls, tenant: Tenant) -> Self:
-        """From its row."""
-        return cls(id=tenant.id, slug=tenant.slug, status=tenant.status, created_at=tenant.created_at)
 
-
-class TenantsOut(BaseModel):
+class TenantsOut(Answer):
     """A page of tenants, in the order of their making."""
 
     items: list[TenantOut]
     next_cursor: str | None
 
 
-class UserIn(BaseModel):
+class UserIn(Body):
     """A new user."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=200)
     role: Role
 
 
-class UserOut(BaseModel):
+class UserOut(Answer):
     """A user. `subject` is who it is at its issuer, for users who came with a token."""
 
     id: UUID
@@ -82,21 +73,8 @@ class UserOut(BaseModel):
     disabled_at: datetime | None
     created_at: datetime
 
-    @classmethod
-    def of(cls, user: User) -> Self:
-        """From its row."""
-        return cls(
-            id=user.id,
-            name=user.name,
-            role=Role(user.role),
-            issuer=user.issuer,
-            subject=user.subject,
-            disabled_at=user.disabled_at,
-            created_at=user.created_at,
-        )
 
-
-class UsersOut(BaseModel):
+class UsersOut(Answer):
     """A page of users, in the order of their making."""
 
     items: list[UserOut]
@@ -108,30 +86,27 @@ async def create_tenant(body: TenantIn, caller: TenantWriter, platform: ThePlatf
     """Its first admin is made at /v1/tenants/{tenant_id}/users."""
     tenant_id = await service.create_tenant(platform, keyring, slug=body.slug, actor_id=caller.user_id)
     async with platform.transaction() as session:
-        return TenantOut.of(await repository.get_tenant(session, tenant_id))
+        return TenantOut.model_validate(await repository.get_tenant(session, tenant_id))
 
 
 @router.get("/v1/tenants", summary="List tenants", responses=responses(401, 403, 422))
 async def list_tenants(
-    caller: TenantReader,
+    _caller: TenantReader,
     platform: ThePlatform,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("tenants"))],
 ) -> TenantsOut:
     """Without the reserved tenant of the platform itself."""
-    paging = Paging(caller, cursors, "tenants", cursor)
     async with platform.transaction() as session:
-        found = await repository.list_tenants(session, after=paging.id or PLATFORM_TENANT, limit=limit)
-    next_cursor = paging.next(found[-1].id if found else "", is_full=len(found) == limit)
-    return TenantsOut(items=[TenantOut.of(tenant) for tenant in found], next_cursor=next_cursor)
+        found = await repository.list_tenants(session, after=page.id or PLATFORM_TENANT, limit=page.limit)
+    next_cursor = page.next_cursor(found, lambda tenant: tenant.id)
+    return TenantsOut(items=[TenantOut.model_validate(tenant) for tenant in found], next_cursor=next_cursor)
 
 
 @router.get("/v1/tenants/{tenant_id}", summary="Read a tenant", responses=responses(401, 403, 404, 422))
 async def read_tenant(tenant_id: UUID, _caller: TenantReader, platform: ThePlatform) -> TenantOut:
     """As of now."""
     async with platform.transaction() as session:
-        return TenantOut.of(await repository.get_tenant(session, _customer(tenant_id)))
+        return TenantOut.model_validate(await repository.get_tenant(session, _customer(tenant_id)))
 
 
 @router.post(
@@ -188,30 +163,27 @@ async def _create_user(
         database, keyring, tenant_id, name=body.name, role=body.role, actor_id=caller.user_id
     )
     async with database.transaction(tenant_id) as session:
-        return UserOut.of(await repository.get_user(session, user_id))
+        return UserOut.model_validate(await repository.get_user(session, user_id))
 
 
 @router.get("/v1/users", summary="List users", responses=responses(401, 403, 422))
 async def list_users(
     caller: UserReader,
     database: TheDatabase,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("users"))],
 ) -> UsersOut:
     """Of the caller's tenant."""
-    paging = Paging(caller, cursors, "users", cursor)
     async with database.transaction(caller.tenant_id) as session:
-        found = await repository.list_users(session, after=paging.id, limit=limit)
-    next_cursor = paging.next(found[-1].id if found else "", is_full=len(found) == limit)
-    return UsersOut(items=[UserOut.of(user) for user in found], next_cursor=next_cursor)
+        found = await repository.list_users(session, after=page.id, limit=page.limit)
+    next_cursor = page.next_cursor(found, lambda user: user.id)
+    return UsersOut(items=[UserOut.model_validate(user) for user in found], next_cursor=next_cursor)
 
 
 @router.get("/v1/users/{user_id}", summary="Read a user", responses=responses(401, 403, 404, 422))
 async def read_user(user_id: UUID, caller: UserReader, database: TheDatabase) -> UserOut:
     """Of the caller's tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        return UserOut.of(await repository.get_user(session, user_id))
+        return UserOut.model_validate(await repository.get_user(session, user_id))
 
 
 @router.post(

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic import Field
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
-from app.auth.dependencies import Paging, TheCursors, TheDatabase, requires
+from app.auth.dependencies import Paging, TheDatabase, paging, requires
 from app.caller import Caller
 from app.db import Database
 from app.keyring import Keyring
 from app.problems import responses
+from app.schemas import Answer
 from app.scopes import Scope
 from app.tenants import repository
 from app.tenants.service import open_tenant_key
-from app.tenants.workspaces import File, WorkspaceStore
+from app.tenants.workspaces import WorkspaceStore
 
 router = APIRouter(prefix="/v1/workspaces/{name}", tags=["workspaces"])
 Reader = Annotated[Caller, Depends(requires(Scope.WORKSPACES_READ))]
@@ -34,20 +35,15 @@ async def _store(request: Request) -> WorkspaceStore:
 TheStore = Annotated[WorkspaceStore, Depends(_store)]
 
 
-class FileOut(BaseModel):
+class FileOut(Answer):
     """A file of a workspace; `size` in bytes."""
 
     path: str
     size: int
-    modified_at: datetime
-
-    @classmethod
-    def of(cls, file: File) -> Self:
-        """From the store's own."""
-        return cls(path=file.path, size=file.size, modified_at=file.modified)
+    modified_at: datetime = Field(validation_alias="modified")
 
 
-class FilesOut(BaseModel):
+class FilesOut(Answer):
     """A page of files, sorted by path."""
 
     items: list[FileOut]
@@ -63,7 +59,7 @@ async def write_file(
         uid = (await repository.get_tenant(session, caller.tenant_id)).sandbox_uid
     file = await store.write(caller.tenant_id, name, path=path, content=request.stream(), owner_uid=uid)
     await _record(request, database, caller, EventType.WORKSPACE_FILE_WRITTEN, workspace=name, path=path)
-    return FileOut.of(file)
+    return FileOut.model_validate(file)
 
 
 @router.get("/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 422))
@@ -79,15 +75,12 @@ async def list_files(
     name: str,
     caller: Reader,
     store: TheStore,
-    cursors: TheCursors,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    page: Annotated[Paging, Depends(paging("files"))],
 ) -> FilesOut:
     """Ordinary files only, sorted by path."""
-    paging = Paging(caller, cursors, f"files/{name}", cursor)
-    page = await store.list_files(caller.tenant_id, name, limit=limit, after=paging.position or "")
-    items = [FileOut.of(file) for file in page.files]
-    return FilesOut(items=items, next_cursor=paging.next(page.after, is_full=page.after is not None))
+    found = await store.list_files(caller.tenant_id, name, limit=page.limit, after=page.position or "")
+    items = [FileOut.model_validate(file) for file in found.files]
+    return FilesOut(items=items, next_cursor=page.cursor_at(found.after) if found.after is not None else None)
 
 
 @router.delete("/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 422))
