@@ -86,7 +86,9 @@ def _build(
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
     allow_loopback = settings.outbound_loopback or rehearsal is not None
     outbound = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
-    remote_keys = jwks.JwksCache(lambda url: fetch(outbound, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
+    # The demo's model is on loopback; the key sets that tenants name never are, unless an operator says so.
+    key_client = outbound_client(allow_loopback=settings.outbound_loopback)
+    remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
     serving = _build_servers(settings, database, sandbox)
     return {
         **serving,
@@ -97,7 +99,7 @@ def _build(
         "platform": platform,
         "keyring": keyring,
         "cursors": Cursors(keyring),
-        "outbound": outbound,
+        "outbound": (outbound, key_client),
         "catalogue": models,
         "policies": PolicyCache(database),
         "rate_limiter": RateLimiter(),
@@ -165,7 +167,8 @@ def _unspeakable(settings: Settings, models: ModelCatalogue) -> list[str]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(state.outbound.aclose)
+        for client in state.outbound:
+            stack.push_async_callback(client.aclose)
         stack.push_async_callback(state.platform.dispose)
         stack.push_async_callback(state.database.dispose)
         await _check_schema(state.platform)

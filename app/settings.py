@@ -23,7 +23,12 @@ class Settings(BaseSettings):
     """What an operator may set: `BULKHEAD_<FIELD>` in the environment or in `.env`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="BULKHEAD_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix="BULKHEAD_",
+        env_file=".env",
+        env_ignore_empty=True,  # an empty metrics token would open the metrics to everybody
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     # Where workspaces, keys and the embedded Postgres live.

@@ -91,9 +91,7 @@ async def create_policy(request: Request, caller: Writer, database: TheDatabase)
         text = (await request.body()).decode()
     except UnicodeDecodeError:
         raise Invalid("The document is not UTF-8.") from None
-    async with database.transaction(caller.tenant_id) as session:
-        version = await versions.create(session, caller, text)
-        return VersionOut.model_validate(await versions.get(session, version))
+    return VersionOut.model_validate(await versions.create(database, caller, text))
 
 
 @router.get("/v1/policies", summary="List versions, the newest first", responses=responses(401, 403, 422))

@@ -50,22 +50,22 @@ class ActivePolicy:
     tools: tuple[PinnedTool, ...]
 
 
-async def create(session: AsyncSession, caller: Caller, text: str) -> int:
+async def create(database: Database, caller: Caller, text: str) -> Version:
     """Store a document as the next version; raise PolicyInvalid with every fault."""
-    digest = documents.digest(text)
     await to_thread.run_sync(documents.parse, text)
-    # The tenant's row is the lock that gives two authors two numbers.
-    await tenants.bump_generation(session, caller.tenant_id)
-    last = await session.scalar(select(func.max(PolicyVersion.version)))
-    version = (last or 0) + 1
-    await session.execute(
-        insert(PolicyVersion).values(
-            tenant_id=caller.tenant_id, version=version, document=text, digest=digest, created_by=caller.user_id
+    digest = documents.digest(text)
+    async with database.transaction(caller.tenant_id) as session:
+        # The tenant's row is the lock that gives two authors two numbers.
+        await tenants.bump_generation(session, caller.tenant_id)
+        version = (await session.scalar(select(func.max(PolicyVersion.version))) or 0) + 1
+        await session.execute(
+            insert(PolicyVersion).values(
+                tenant_id=caller.tenant_id, version=version, document=text, digest=digest, created_by=caller.user_id
+            )
         )
-    )
-    event = Event(EventType.POLICY_CREATED, actor_id=caller.user_id, data={"version": version, "digest": digest})
-    await audit.append(session, caller.tenant_id, event)
-    return version
+        event = Event(EventType.POLICY_CREATED, actor_id=caller.user_id, data={"version": version, "digest": digest})
+        await audit.append(session, caller.tenant_id, event)
+        return await get(session, version)
 
 
 async def get(session: AsyncSession, version: int) -> Version:

@@ -12,10 +12,11 @@ from uuid import UUID
 
 from app.caller import Caller
 from app.keyring import SecretKey
-from app.policies.engine import Decision
+from app.policies.decision import BuiltIn, Decision
 from app.policies.versions import ActivePolicy
 from app.runs.state import STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
 
+UNKNOWN_TOOL: Final = "(unknown)"
 _UNDECIDED: Final = Decision(allowed=False, rule="not_decided", reason="")
 
 
@@ -30,6 +31,11 @@ class Call:
     outcome: Outcome | None = None
     result: str = field(default="", repr=False)
     duration_ms: int | None = None
+
+    @property
+    def recorded_tool(self) -> str:
+        """The tool as it is kept in the clear: a name that no server has is a text of the model's."""
+        return UNKNOWN_TOOL if self.decision.rule == BuiltIn.UNKNOWN_TOOL else self.tool
 
 
 @dataclass(slots=True)

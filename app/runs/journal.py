@@ -68,7 +68,7 @@ class Journal:
                 tenant_id=tenant_id,
                 run_id=run.run_id,
                 sequence=call.sequence,
-                tool=call.tool[:128],
+                tool=call.recorded_tool,
                 decision="allowed" if call.decision else "denied",
                 rule=call.decision.rule,
                 outcome=call.outcome,
@@ -115,7 +115,7 @@ def _outcome_row(tenant_id: UUID, run_id: UUID, call: Call) -> dict[str, Any]:
 def _decided(run: RunContext, call: Call, arguments: str) -> Event:
     data = {
         "sequence": call.sequence,
-        "tool": call.tool[:128],
+        "tool": call.recorded_tool,
         "decision": "allowed" if call.decision else "denied",
         "rule": call.decision.rule,
         "policy_version": run.policy.version,
@@ -127,7 +127,7 @@ def _decided(run: RunContext, call: Call, arguments: str) -> Event:
 def _finished(run: RunContext, call: Call) -> Event:
     data = {
         "sequence": call.sequence,
-        "tool": call.tool,
+        "tool": call.recorded_tool,
         "outcome": call.outcome,
         "duration_ms": call.duration_ms,
         "result_hmac": run.hash_key.mac("audit", call.result.encode()).hex(),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-
 from anyio import to_thread
 
 from app.caller import Caller
@@ -12,9 +9,9 @@ from app.db import Database
 from app.outbound.catalogue import ModelCatalogue
 from app.policies import document as documents
 from app.policies import versions
-from app.policies.document import FilesystemServer, PolicyDocument, PolicyInvalid
+from app.policies.document import PolicyDocument, PolicyInvalid
 from app.policies.engine import PinnedTool, compile_policy
-from app.servers.tenant_servers import TenantServers, pin
+from app.servers.tenant_servers import TenantServers
 
 
 async def publish(
@@ -36,17 +33,8 @@ async def publish(
         await versions.point(session, caller, version, tools)
 
 
-async def _list_tools(servers: TenantServers, caller: Caller, document: PolicyDocument) -> Sequence[PinnedTool]:
-    listed = await asyncio.gather(
-        *(_tools_of(servers, caller, name, declared) for name, declared in document.servers.items())
-    )
-    return [tool for tools in listed for tool in tools]
-
-
-async def _tools_of(
-    servers: TenantServers, caller: Caller, name: str, declared: FilesystemServer
-) -> Sequence[PinnedTool]:
-    live = await servers.start(caller.tenant_id, name, declared)
-    tools = pin(name, live.tools)
-    await live.close()
+async def _list_tools(servers: TenantServers, caller: Caller, document: PolicyDocument) -> list[PinnedTool]:
+    tools: list[PinnedTool] = []
+    for name, declared in document.servers.items():
+        tools += await servers.list_tools(caller.tenant_id, name, declared)
     return tools

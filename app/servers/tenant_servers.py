@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 from uuid import UUID
 
 from mcp.types import Tool
@@ -21,6 +23,9 @@ from app.servers.pool import ServerKey, ServerPool
 from app.servers.stderr import StderrTail
 from app.tenants import repository as tenants
 from app.tenants.workspaces import WorkspaceStore
+
+# Servers that are started to list their tools, beside those of the pool: publishing must not flood the machine.
+_LISTED_AT_ONCE: Final = 2
 
 
 class TenantServers:
@@ -42,6 +47,7 @@ class TenantServers:
         self._workspaces = workspaces
         self._logs = logs
         self._start_timeout_s = start_timeout_s
+        self._listing = asyncio.Semaphore(_LISTED_AT_ONCE)
 
     @asynccontextmanager
     async def lend(self, tenant_id: UUID, policy: ActivePolicy, server: str) -> AsyncIterator[LiveServer]:
@@ -53,7 +59,7 @@ class TenantServers:
         declared = policy.document.servers[server]
 
         async def start() -> LiveServer:
-            live = await self.start(tenant_id, server, declared)
+            live = await self._start(tenant_id, server, declared)
             if _by_name(pin(server, live.tools)) != _by_name(policy.tools, server):
                 await live.close()
                 raise ServerUnavailable(f"The tools of {server!r} have changed since the policy was published.")
@@ -63,8 +69,16 @@ class TenantServers:
         async with self._pool.lend(key, start, wait_s=self._start_timeout_s) as live:
             yield live
 
-    async def start(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> LiveServer:
-        """Start a server outside of the pool; whoever asked closes it."""
+    async def list_tools(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> list[PinnedTool]:
+        """The tools of a server that no published policy declares yet: started for that alone, a few at a time."""
+        async with self._listing:
+            live = await self._start(tenant_id, name, declared)
+            try:
+                return pin(name, live.tools)
+            finally:
+                await live.close()
+
+    async def _start(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> LiveServer:
         launch = self._sandbox.launch(await self._profile(tenant_id, declared))
         live = LiveServer(name, launch, StderrTail(self._logs / str(tenant_id) / f"{name}.stderr"))
         await live.start(timeout_s=self._start_timeout_s)

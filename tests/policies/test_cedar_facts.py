@@ -99,11 +99,13 @@ def test_a_guard_that_some_covered_tool_can_meet_is_accepted() -> None:
 
 
 NESTINGS = {
-    "brackets": ("(" * 3_000, "true", ")" * 3_000),
-    "sets": ("[" * 3_000, "", "]" * 3_000 + " == []"),
-    "hidden closers": ("(//)\n" * 3_000, "true", ")" * 3_000),
-    "closers in strings": ('("))" == "))" && ' * 3_000, "true", ")" * 3_000),
-    "semicolons in comments": ("(//;\n" * 3_000, "true", ")" * 3_000),
+    "brackets": ("(" * 900, "true", ")" * 900),
+    "sets": ("[" * 900, "", "]" * 900 + " == []"),
+    "ends in comments": ("(//);\n" * 900, "true", ")" * 900),
+    "ends in strings": ('(");)"==");"||' * 900, "true", ")" * 900),
+    "quotes in comments": ('(//"\n' * 900, "true", ")" * 900),
+    "comments in strings": ('("//"==""||' * 900, "true", ")" * 900),
+    "escaped quotes": ('("\\");"==""||' * 900, "true", ")" * 900),
     "a chain": ("context", ".a" * 30_000, ""),
 }
 
@@ -133,3 +135,11 @@ def test_long_lists_and_strings_in_a_rule_are_fine() -> None:
     scope = 'principal, action == Action::"docs__read_file", resource'
     rule = f"permit ({scope}) when {{ [{names}].contains(context.arguments.path) }};"
     assert ask(policy(rules=rule), "docs__read_file", path="(" * 30 + "7")
+
+
+def test_a_rule_of_too_many_conditions_is_refused_and_not_misread() -> None:
+    rule = "forbid (principal, action, resource) when {{ {} }};"
+    fifty, seventy = (" || ".join(["context.arguments.amount == 1"] * count) for count in (50, 70))
+    assert ask(policy(allow=["*"], schemas=PAY, rules=rule.format(fifty)), "bank__pay", amount=1).rule == "rules[0]"
+    ((_, message),) = refusals(allow=["*"], schemas=PAY, rules=rule.format(seventy))
+    assert "at most 50 conditions" in message

@@ -51,6 +51,7 @@ when { context.user == "u9" && context.role == "user" };
         (GLOBS, "docs__read_file", {"path": "a"}, True, "allow:docs__*"),
         (GLOBS, "docs__delete_file", {"path": "a"}, False, "deny:*__delete*"),
         (GLOBS, "bank__pay", {"amount": 1}, False, "default_deny"),
+        (GLOBS, "docs__delete_file", {"path": 7}, False, "deny:*__delete*"),
         (GLOBS, "docs__nothing", {"path": "a"}, False, "unknown_tool"),
         (GLOBS, "", {}, False, "unknown_tool"),
         (GLOBS, "docs__read_file", {}, False, "schema"),
@@ -91,6 +92,7 @@ when { context.user == "u9" && context.role == "user" };
         (PAYEES, "bank__pay", {"amount": 1, "extra": {"deep": [None, 1.23456789]}}, True, "allow:bank__pay"),
         (PAYEES, "bank__pay", {"amount": 1, "undeclared": "as the schema says"}, True, "allow:bank__pay"),
         (PAYEES, "bank__pay", {"amount": 1, "extra": 2**64}, False, "unrepresentable"),
+        (PAYEES, "bank__pay", {"amount": 1, "extra": float("inf")}, False, "unrepresentable"),
         (PAYEES, "bank__pay", {"amount": 1, "extra": "\ud800"}, False, "unrepresentable"),
         (PAYEES, "bank__pay", {"amount": 1, "extra": {"\udfff": 1}}, False, "unrepresentable"),
         (PAYEES, "bank__pay", {"amount": 1, "extra": object()}, False, "unrepresentable"),
@@ -121,6 +123,25 @@ def test_a_call_nested_without_end_is_denied_and_no_stack_overflows() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert ask(policy(**PAYEES), "bank__pay", amount=1, extra=deep).rule == "argument_limits"
+    fourteen: Any = 1
+    for _ in range(14):
+        fourteen = [fourteen]
+    assert ask(policy(**PAYEES), "bank__pay", amount=1, extra=fourteen)
+    assert ask(policy(**PAYEES), "bank__pay", amount=1, extra=[fourteen]).rule == "argument_limits"
+
+
+def test_what_is_required_may_be_null_where_the_schema_says_so() -> None:
+    schemas = {"docs__x": {"properties": {"note": {"type": ["string", "null"]}}, "required": ["note"]}}
+    rule = 'forbid (principal, action, resource) when { context.arguments has note && context.arguments.note == "x" };'
+    compiled = policy(allow=["*"], schemas=schemas, rules=rule)
+    assert ask(compiled, "docs__x", note=None)
+    assert ask(compiled, "docs__x", note="x").rule == "rules[0]"
+
+
+def test_of_several_rules_the_first_by_name_is_told() -> None:
+    for globs in (["*", "docs__*"], ["docs__*", "*"]):
+        assert ask(policy(allow=globs), "docs__read_file", path="a").rule == "allow:*"
+        assert ask(policy(allow=["*"], deny=globs), "docs__read_file", path="a").rule == "deny:*"
 
 
 def test_no_reason_quotes_an_argument() -> None:
@@ -196,6 +217,13 @@ def test_the_faults_of_all_parts_are_told_together() -> None:
     assert [path for path, _ in found] == [
         *("/servers/web", "/servers/docs", "/servers/docs", "/servers/docs", "/tools/rules", "/tools/allow/0"),
     ]
+
+
+def test_a_tool_under_another_servers_name_is_refused() -> None:
+    impostor = PinnedTool(name="bank__pay", server="docs", description="", input_schema={"type": "object"})
+    with pytest.raises(PolicyInvalid) as raised:
+        compile_policy(parse(document_text()), [impostor])
+    assert [fault.path for fault in raised.value.faults] == ["/servers/docs"]
 
 
 def test_a_tool_declared_twice_is_refused() -> None:
