@@ -69,7 +69,13 @@ $(RUNTIME):
 $(TOOLS):
 	@$(call install,dev)
 
-up: $(RUNTIME)  ## Start everything on this machine, with two demo tenants; Ctrl-C stops it
+# The command from any folder; it works in the checkout, where .env and .bulkhead are.
+$(BIN)/bulkhead: $(RUNTIME)
+	@printf '%s\n' '#!/bin/sh' 'cd "$$(dirname "$$(readlink -f "$$0")")/../.." || exit' \
+	  'exec $(BIN)/python -m app.cli "$$@"' > $@
+	chmod +x $@
+
+up: $(BIN)/bulkhead  ## Start everything on this machine, with two demo tenants; Ctrl-C stops it
 	@exec $(BIN)/python -m app.cli up
 
 down: $(RUNTIME)  ## Stop what `make up` started

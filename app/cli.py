@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take most of a second: Ctrl-C meanwhile just ends the process, without their traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import asyncio
 import os
-import shutil
-import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Final
 
+import asyncpg
+import structlog
 import typer
 import uvloop
+from alembic.util import CommandError
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import migration
 from app.db import Database, DatabaseUrls, create_engine, database_urls
 from app.embedded.bootstrap import bootstrap as bootstrap_platform
-from app.embedded.demo import ENV_FILE, Demo, read_env
-from app.embedded.machine import Machine, check_port, rehearsal
-from app.embedded.machine import reset as directory_to_delete
+from app.embedded.demo import ENV_FILE, read_env
+from app.embedded.machine import Machine, rehearsal
 from app.embedded.postgres import role_statements
 from app.errors import AppError, ConfigurationError
+from app.interruption import interruptible, until_interrupted
 from app.keyring import Keyring, new_entry
-from app.main import create_app
+from app.listening import bound, url_of
 from app.sandbox.choice import ProbedSandbox, choose
-from app.serving import serving
 from app.settings import Settings
 from app.telemetry import logs
+
+_GREETING: Final = """
+Bulkhead serves on {url}. The demo's keys are in {file}. Ask harbor's agent:
+
+  . {file}
+  curl -s "$BULKHEAD_URL/query" -H "Authorization: Bearer $BULKHEAD_API_KEY" \\
+    -H 'Content-Type: application/json' -d '{{"query": "What does welcome.md say?"}}'
+
+Ctrl-C stops everything; the data stays."""
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 admin = typer.Typer(no_args_is_help=True, help="The platform's own admins.")
@@ -53,9 +72,10 @@ def _settings() -> Settings:
         return Settings()
     except ValidationError as error:
         faults = "; ".join(
-            f"BULKHEAD_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()
+            ": ".join([*(f"BULKHEAD_{name}".upper() for name in fault["loc"][:1]), fault["msg"]])
+            for fault in error.errors()
         )
-        raise ConfigurationError(f"The settings are not valid: {faults}") from None
+        raise ConfigurationError(f"The settings are not valid: {faults}.") from None
 
 
 @cli.command()
@@ -63,43 +83,30 @@ def up() -> None:
     """Start everything on this machine, with two demo tenants; Ctrl-C stops it."""
     settings = _settings()
     logs.configure(settings.log_level)
-    check_port(settings.host, settings.port)
     machine = Machine(settings)
-    with machine.held():
+    with interruptible(), machine.held(), bound(settings.host, settings.port) as listener:
         settings = machine.settings(settings)
-        try:
-            urls = machine.start_database(settings)
-            migration.upgrade(urls)
-            uvloop.run(_up(machine, settings, urls))
-        finally:
-            if machine.postgres.is_running():
-                machine.postgres.stop()
+        print(f"Bulkhead starts on {machine.directory} ...", flush=True)
+        with machine.database(settings) as urls:
+            with _database_explained():
+                migration.upgrade(urls)
+            uvloop.run(until_interrupted(_up(machine, settings, urls, listener)))
+            print("\nStopped; the data stays.", flush=True)
 
 
-async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls) -> None:
-    chosen = await choose()
-    _require(chosen)
+async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls, listener: socket.socket) -> None:
+    from app.serving import serving  # noqa: PLC0415  a second or two, which no other command should wait for
+
+    sandbox = _required(await choose(settings.sandbox))
     platform_key = await machine.platform_key(urls, _keyring(settings))
-    async with rehearsal() as model:
-        app = create_app(settings, urls=urls, sandbox=chosen, rehearsal=model)
-        async with serving(app, host=settings.host, port=settings.port) as asked_to_end:
-            url = f"http://{settings.host}:{settings.port}"
-            await _make_demo(machine, settings, url, platform_key)
-            await asked_to_end.wait()
-
-
-async def _make_demo(machine: Machine, settings: Settings, url: str, platform_key: str | None) -> None:
-    demo = Demo(url, data_dir=settings.data_dir, issuer=machine.issuer())
-    if not await demo.is_there():
-        if platform_key is None or settings.metrics_token is None:
-            raise ConfigurationError("The keys of the demo are lost: `make reset` starts anew.")
-        await demo.make(platform_key=platform_key, metrics_token=settings.metrics_token.get_secret_value())
-    path = settings.data_dir / ENV_FILE
-    print(f"\nBulkhead serves on {url}. The demo's keys are in {path}. Ask harbor's agent:\n")
-    print(f"  . {path}")
-    print('  curl -s "$BULKHEAD_URL/query" -H "Authorization: Bearer $BULKHEAD_API_KEY" \\')
-    print("""    -H 'Content-Type: application/json' -d '{"query": "What does welcome.md say?"}'\n""")
-    print("Ctrl-C stops everything; the data stays.", flush=True)
+    async with (
+        rehearsal() as model,
+        serving(settings, urls=urls, sandbox=sandbox, listener=listener, rehearsal=model) as server,
+    ):
+        demo = machine.demo(url_of(listener))
+        await demo.prepare(platform_key=platform_key, metrics_token=settings.metrics_token)
+        print(_GREETING.format(url=url_of(listener), file=settings.data_dir / ENV_FILE), flush=True)
+        await asyncio.wait({server})
 
 
 @cli.command()
@@ -107,20 +114,24 @@ def serve() -> None:
     """Serve on the configured database; migrations and the first admin are there already."""
     settings = _settings()
     logs.configure(settings.log_level)
-    check_port(settings.host, settings.port)
-    uvloop.run(_serve(settings))
+    urls = _urls(settings)
+    with interruptible(), bound(settings.host, settings.port) as listener, _database_explained():
+        uvloop.run(until_interrupted(_serve(settings, urls, listener)))
 
 
-async def _serve(settings: Settings) -> None:
-    app = create_app(settings, urls=_urls(settings), sandbox=await choose())
-    async with serving(app, host=settings.host, port=settings.port) as asked_to_end:
-        await asked_to_end.wait()
+async def _serve(settings: Settings, urls: DatabaseUrls, listener: socket.socket) -> None:
+    from app.serving import serving  # noqa: PLC0415  as above
+
+    async with serving(settings, urls=urls, sandbox=await choose(settings.sandbox), listener=listener) as server:
+        structlog.get_logger().info("serving", url=url_of(listener))
+        await asyncio.wait({server})
 
 
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema to what this version needs, as the owner role."""
-    migration.upgrade(_urls(_settings()))
+    with _database_explained():
+        migration.upgrade(_urls(_settings()))
 
 
 @cli.command()
@@ -131,8 +142,8 @@ def down() -> None:
     if pid is not None:
         os.kill(pid, signal.SIGTERM)
         _await_end(machine)
-    if machine.postgres.is_running():
-        machine.postgres.stop()
+    had_database = machine.stop_database()
+    print("Stopped; the data stays." if pid or had_database else f"Nothing runs on {machine.directory}.")
 
 
 def _await_end(machine: Machine) -> None:
@@ -146,12 +157,13 @@ def _await_end(machine: Machine) -> None:
 @cli.command()
 def reset(*, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete all data of this machine's Bulkhead."""
-    directory = directory_to_delete(_settings())
+    machine = Machine(_settings())
+    machine.check_ours()
     if not yes:
-        typer.confirm(f"Delete everything in {directory}?", abort=True)
+        typer.confirm(f"Delete everything in {machine.directory}?", abort=True)
     down()
-    if directory.exists():
-        shutil.rmtree(directory)
+    machine.reset()
+    print(f"{machine.directory} is gone.")
 
 
 @cli.command()
@@ -182,7 +194,8 @@ def bootstrap() -> None:
     urls = _urls(settings)
     if urls.owner is None:
         raise ConfigurationError("Set BULKHEAD_DATABASE_OWNER_URL: nobody else may make the first admin.")
-    print(asyncio.run(_bootstrap(urls.owner, _keyring(settings))))
+    with _database_explained():
+        print(asyncio.run(_bootstrap(urls.owner, _keyring(settings))))
 
 
 async def _bootstrap(owner_url: str, keyring: Keyring) -> str:
@@ -202,16 +215,27 @@ def roles(prefix: str = "bulkhead") -> None:
 @sandbox.command()
 def probe() -> None:
     """Attack the sandbox from inside and say whether it holds here, and if not, what would help."""
-    chosen = asyncio.run(choose())
-    _require(chosen)
-    print(f"{chosen.name}: holds")
+    chosen = _required(asyncio.run(choose(_settings().sandbox)))
+    print(f"{chosen.name}: holds" + (f" ({chosen.result.note})" if chosen.result.note else ""))
 
 
-def _require(chosen: ProbedSandbox) -> None:
+def _required(chosen: ProbedSandbox) -> ProbedSandbox:
     if not chosen.result:
         raise ConfigurationError(
             f"Tool servers cannot be sandboxed here: {chosen.result.reason}.\n  Fix: {chosen.result.remedy}"
         )
+    return chosen
+
+
+@contextmanager
+def _database_explained() -> Iterator[None]:
+    """What an operator has to mend at the database is one line, too."""
+    try:
+        yield
+    except CommandError as error:
+        raise ConfigurationError(f"The database's schema is not known to this version: {error}") from None
+    except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
+        raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
 
 
 def _urls(settings: Settings) -> DatabaseUrls:

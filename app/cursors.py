@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 from typing import Final
 from uuid import UUID
@@ -37,7 +36,7 @@ class Cursors:
             raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
             digest, data = raw[:_DIGEST], raw[_DIGEST:]
             position = data.decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # not base64, not ASCII, not UTF-8
             raise InvalidCursor from None
         if not hmac.compare_digest(digest, self._sign(data, listing, tenant_id)):
             raise InvalidCursor

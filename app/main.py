@@ -11,6 +11,7 @@ import httpx
 import structlog
 from fastapi import FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.metrics import default as http_metrics
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -45,6 +46,7 @@ from app.sandbox.choice import ProbedSandbox
 from app.servers.pool import ServerPool
 from app.servers.tenant_servers import TenantServers
 from app.settings import Settings
+from app.telemetry.metrics import count_query
 from app.tenants import endpoints as tenant_endpoints
 from app.tenants.workspaces import WorkspaceStore
 
@@ -63,12 +65,21 @@ def create_app(
     settings: Settings, *, urls: DatabaseUrls, sandbox: ProbedSandbox, rehearsal: ModelEndpoint | None = None
 ) -> FastAPI:
     """The service on this database and this sandbox. Raise ConfigurationError for what it cannot start with."""
-    app = FastAPI(title="Bulkhead", version="0.1.0", docs_url=None, redoc_url=None, lifespan=_lifespan)
+    app = FastAPI(
+        title="Bulkhead",
+        version="0.1.0",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # the redirect would go wherever the Host header says
+        responses=problems.responses(500, 503),  # what any route may have to say
+        lifespan=_lifespan,
+    )
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes)
     problems.install(app)
     for router in _ROUTERS:
         app.include_router(router)
-    Instrumentator(excluded_handlers=["/metrics", "/healthz", "/readyz"]).instrument(app)
+    meter = Instrumentator(excluded_handlers=["/metrics", "/healthz", "/readyz"])
+    meter.add(http_metrics()).add(count_query).instrument(app)
     for name, part in _build(settings, urls, sandbox, rehearsal).items():
         setattr(app.state, name, part)
     return app
@@ -84,19 +95,22 @@ def _build(
     keyring = _keyring(settings)
     database = Database(create_engine(urls.app, pool_size=settings.database_pool))
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
-    allow_loopback = settings.outbound_loopback or rehearsal is not None
+    # Connections of its own: a flood of credentials to look up must not hold up what stops runs.
+    watching = PlatformDatabase(create_engine(urls.platform, pool_size=2))
+    allow_loopback = settings.model_loopback or rehearsal is not None
     outbound = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
     # The demo's model is on loopback; the key sets that tenants name never are, unless an operator says so.
-    key_client = outbound_client(allow_loopback=settings.outbound_loopback)
+    key_client = outbound_client(allow_loopback=settings.jwks_loopback)
     remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
     serving = _build_servers(settings, database, sandbox)
     return {
         **serving,
-        **_build_runs(settings, database, platform, keyring, models, outbound, serving["servers"]),
+        **_build_runs(settings, database, watching, keyring, models, outbound, serving["servers"]),
         "settings": settings,
         "sandbox": sandbox,
         "database": database,
         "platform": platform,
+        "watching": watching,
         "keyring": keyring,
         "cursors": Cursors(keyring),
         "outbound": (outbound, key_client),
@@ -131,7 +145,7 @@ def _build_servers(settings: Settings, database: Database, sandbox: ProbedSandbo
 def _build_runs(
     settings: Settings,
     database: Database,
-    platform: PlatformDatabase,
+    watching: PlatformDatabase,
     keyring: Keyring,
     models: ModelCatalogue,
     outbound: httpx.AsyncClient,
@@ -147,7 +161,7 @@ def _build_runs(
     )
     lease_s = settings.run_lease_s
     runs = RunService(database=database, keyring=keyring, journal=journal, executor=executor, lease_s=lease_s)
-    watch = Watch(platform=platform, executor=executor, every_s=settings.run_watch_s, lease_s=lease_s)
+    watch = Watch(platform=watching, executor=executor, every_s=settings.run_watch_s, lease_s=lease_s)
     return {"runs": runs, "watch": watch}
 
 
@@ -170,6 +184,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for client in state.outbound:
             stack.push_async_callback(client.aclose)
         stack.push_async_callback(state.platform.dispose)
+        stack.push_async_callback(state.watching.dispose)
         stack.push_async_callback(state.database.dispose)
         await _check_schema(state.platform)
         stack.push_async_callback(state.pool.close)

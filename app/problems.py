@@ -11,14 +11,25 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from slowapi.errors import RateLimitExceeded
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 
-from app.errors import AppError, Fault, Invalid, Unavailable
+from app.errors import AppError, Fault, Invalid, NotFound, TooLarge, Unavailable
 
 _log = structlog.get_logger()
 _DOCS: Final = "docs/errors.md#"
+_REFERENCE: Final = "#/components/schemas/{model}"
+# Closes what we do not use, on every answer: the edge adds them, but to what its own server says of a crash.
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 
 
 class FaultOut(BaseModel):
@@ -43,12 +54,21 @@ class Problem(BaseModel):
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error responses of a route, for OpenAPI."""
-    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    content = {"application/problem+json": {"schema": {"$ref": _REFERENCE.format(model=Problem.__name__)}}}
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
+def _described(description: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI with the schema that `responses` refers to, which FastAPI would only add as plain JSON."""
+    schema = Problem.model_json_schema(ref_template=_REFERENCE)
+    description["components"]["schemas"] |= schema.pop("$defs") | {Problem.__name__: schema}
+    return description
+
+
 def install(app: FastAPI) -> None:
-    """Map every exception that leaves a route to a problem."""
+    """Map every exception that leaves a route to a problem, and describe problems in OpenAPI."""
+    describe = app.openapi
+    app.openapi = lambda: _described(describe())  # type: ignore[method-assign]  # FastAPI's documented way
 
     @app.exception_handler(AppError)
     async def _app_error(request: Request, error: AppError) -> JSONResponse:
@@ -64,12 +84,19 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         return render(request, _from_http(error))
 
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # to nobody: the client went while it sent its body
+
     @app.exception_handler(RateLimitExceeded)
     async def _rate(request: Request, error: RateLimitExceeded) -> JSONResponse:
         return render(request, _RateLimited(error))
 
-    @app.exception_handler(SQLAlchemyError)
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
     @app.exception_handler(ConnectionError)
+    @app.exception_handler(FileNotFoundError)  # the socket of a Postgres that is down
+    @app.exception_handler(TimeoutError)
     async def _database(request: Request, error: Exception) -> JSONResponse:
         _log.error("database.failed", error=type(error).__name__)
         return render(request, Unavailable("The database is not available now."))
@@ -77,7 +104,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         _log.error("request.crashed", error=type(error).__name__, exc_info=error)
-        return render(request, AppError())
+        answer = render(request, AppError())
+        answer.headers.update(SECURITY_HEADERS | {"X-Request-Id": request.state.request_id})
+        return answer
 
 
 class _RateLimited(AppError):
@@ -97,8 +126,15 @@ class _Http(AppError):
 
 
 def _from_http(error: HTTPException) -> AppError:
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
-    return _Http(error.status_code, codes.get(error.status_code, "invalid_request"), error.headers)
+    match error.status_code:
+        case 400:  # FastAPI's word for a body that is no text or is nested too deeply; the other faults are 422
+            return Invalid("The body cannot be read as JSON.")
+        case 404:
+            return NotFound()
+        case 413:
+            return TooLarge()
+    code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
+    return _Http(error.status_code, code, error.headers)
 
 
 def _fault(item: Mapping[str, Any]) -> Fault:
@@ -107,7 +143,8 @@ def _fault(item: Mapping[str, Any]) -> Fault:
 
 
 def render(request: Request, error: AppError) -> JSONResponse:
-    """The problem of an error."""
+    """The problem of an error. Its code stays with the request, for whoever counts how requests end."""
+    request.state.problem = error.code
     problem = Problem(
         type=_DOCS + error.code,
         title=HTTPStatus(error.status).phrase,

@@ -19,7 +19,7 @@ class Body(BaseModel):
     @classmethod
     def _storable(cls, value: object) -> object:
         if isinstance(value, str) and "\0" in value:
-            raise ValueError("a text holds no NUL: Postgres cannot keep one")
+            raise ValueError("a text holds no NUL")  # Postgres cannot keep one
         return value
 
 

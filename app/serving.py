@@ -1,64 +1,41 @@
-"""Serves the application until a signal asks for the end, and ends it in the order that loses nothing."""
+"""Serves until the block ends, and ends in the order that loses nothing: runs, connections, what the service opened."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
 
-import uvicorn
-from fastapi import FastAPI
-
-from app.errors import ConfigurationError
+from app.db import DatabaseUrls
+from app.listening import listening
+from app.main import create_app
+from app.outbound.catalogue import ModelEndpoint
 from app.runs.service import RunService
+from app.sandbox.choice import ProbedSandbox
+from app.settings import Settings
 
-_DRAIN_S = 20
-
-
-class Quiet(uvicorn.Server):
-    """A server that leaves signals to whoever started it."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take none."""
-        yield
+_DRAIN_S: Final = 20
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, *, host: str, port: int) -> AsyncIterator[asyncio.Event]:
-    """Serve inside the block; the event is set by SIGINT or SIGTERM. Leaving the block ends runs, then connections.
+async def serving(
+    settings: Settings,
+    *,
+    urls: DatabaseUrls,
+    sandbox: ProbedSandbox,
+    listener: socket.socket,
+    rehearsal: ModelEndpoint | None = None,
+) -> AsyncIterator[asyncio.Task[None]]:
+    """The service, answering inside the block; yields the task that serves, which ends early only where it fails.
 
     The lifespan is entered here and not by uvicorn, which would log its errors and say no more.
     """
-    asked_to_end = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, asked_to_end.set)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_DRAIN_S,
-    )
-    server = Quiet(config)
-    async with app.router.lifespan_context(app):
-        task = asyncio.create_task(server.serve())
+    app = create_app(settings, urls=urls, sandbox=sandbox, rehearsal=rehearsal)
+    runs: RunService = app.state.runs
+    async with app.router.lifespan_context(app), listening(app, listener, drain_s=_DRAIN_S) as server:
         try:
-            await _started(server, task)
-            yield asked_to_end
+            yield server
         finally:
-            runs: RunService = app.state.runs
             await runs.close()
-            server.should_exit = True
-            await task
-
-
-async def _started(server: Quiet, task: asyncio.Task[None]) -> None:
-    while not server.started:
-        if task.done():
-            raise ConfigurationError("The server could not start: is its address taken?")
-        await asyncio.sleep(0.01)

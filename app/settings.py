@@ -33,8 +33,6 @@ class Settings(BaseSettings):
 
     # Where workspaces, keys and the embedded Postgres live.
     data_dir: Path = Path(".bulkhead")
-    # Demo tenants, the rehearsal model and the development issuer; `bulkhead up` turns it on.
-    demo: bool = False
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -58,10 +56,13 @@ class Settings(BaseSettings):
     model_names: Annotated[tuple[str, ...], NoDecode] = ("gpt-4.1-mini",)
     model_timeout_s: Annotated[float, Field(gt=0)] = 60
     model_retries: Annotated[int, Field(ge=0, le=10)] = 2
-    # Lets model endpoints and key sets live on loopback: for the demo, tests and a local model.
-    outbound_loopback: bool = False
+    # Lets model endpoints live on loopback: for a local model.
+    model_loopback: bool = False
+    # Lets key sets (jwks_uri) live on loopback: for a local issuer. Tenants name them, so mind who they are.
+    jwks_loopback: bool = False
 
-    sandbox: Literal["auto", "bubblewrap"] = "auto"
+    # `auto` is bubblewrap where it holds, else Landlock where that holds, else no tool server starts.
+    sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
     servers_max: Annotated[int, Field(ge=1)] = 64
     servers_idle_s: Annotated[float, Field(gt=0)] = 300
     server_start_timeout_s: Annotated[float, Field(gt=0)] = 20

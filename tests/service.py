@@ -26,6 +26,7 @@ from app.main import create_app
 from app.outbound.catalogue import ModelEndpoint
 from app.sandbox.choice import choose
 from app.settings import Settings
+from tests.openapi import Documented
 
 Databases = Callable[[], DatabaseUrls]
 
@@ -107,7 +108,7 @@ class Service:
 
     async def client(self, key: str) -> Client:
         """A client with this credential, closed with the service."""
-        return await self._stack.enter_async_context(new_client(self.url, key))
+        return await self._stack.enter_async_context(new_client(self.url, key, Documented(self.app)))
 
     async def new_user(self, tenant_id: str, role: str = "user") -> tuple[Client, dict[str, Any], dict[str, Any]]:
         """A user of a tenant: client, user, key."""
@@ -146,11 +147,13 @@ class Service:
             await engine.dispose()
 
 
-def new_client(url: str, key: str) -> Client:
-    """A caller of the service at `url`."""
-    limits = httpx.Limits(max_connections=200)
+def new_client(url: str, key: str, check: Documented | None = None) -> Client:
+    """A caller of the service at `url`; `check` sees every answer."""
+    # Shorter than the server's 5 s, so that no request meets a connection that is just being closed.
+    limits = httpx.Limits(max_connections=200, keepalive_expiry=2)
     headers = {"Authorization": f"Bearer {key}"}
-    return Client(base_url=url, headers=headers, timeout=60, trust_env=False, limits=limits)
+    hooks: dict[str, list[Callable[..., Any]]] = {"response": [check] if check else []}
+    return Client(base_url=url, headers=headers, timeout=60, trust_env=False, limits=limits, event_hooks=hooks)
 
 
 class _Server(uvicorn.Server):
@@ -191,7 +194,7 @@ async def running_service(
         data_dir=data_dir,
         root_keys=SecretStr(new_entry("k1")),
         metrics_token=SecretStr(token),
-        **({"outbound_loopback": True} | settings),
+        **({"model_loopback": True, "jwks_loopback": True} | settings),
     )
     assert chosen.root_keys is not None
     owner = create_engine(urls.owner or "", pool_size=2)
@@ -199,11 +202,11 @@ async def running_service(
     await owner.dispose()
     async with AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(rehearsal())
-        app = create_app(chosen, urls=urls, sandbox=await choose(), rehearsal=endpoint)
+        app = create_app(chosen, urls=urls, sandbox=await choose(chosen.sandbox), rehearsal=endpoint)
         await stack.enter_async_context(app.router.lifespan_context(app))
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
         server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)).on(listener)
         await stack.enter_async_context(server)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        platform = await stack.enter_async_context(new_client(url, platform_key.text))
+        platform = await stack.enter_async_context(new_client(url, platform_key.text, Documented(app)))
         yield Service(url, app, data_dir, urls, platform, token, stack)

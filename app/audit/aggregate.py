@@ -19,25 +19,27 @@ class MinuteCounts(Generic[Key]):
     """
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[Key, tuple[int, int]] = OrderedDict()
+        self._counts: OrderedDict[tuple[Key, int], int] = OrderedDict()
 
     def is_first(self, key: Key) -> bool:
         """Count one; True for the first of its minute."""
-        minute = int(time.time() // 60)
-        last, count = self._counts.get(key, (0, 0))
-        if last == minute:
-            self._counts[key] = (minute, count + 1)
+        entry = (key, _minute())
+        if entry in self._counts:
+            self._counts[entry] += 1
             return False
-        self._counts[key] = (minute, 0)
-        self._counts.move_to_end(key)
+        self._counts[entry] = 0
         if len(self._counts) > _MAX_KEYS:
             self._counts.popitem(last=False)
         return True
 
     def take_finished(self) -> list[tuple[Key, int]]:
         """The keys of minutes that are over with how many followed their first, where any did; forgets them."""
-        now = int(time.time() // 60)
-        finished = [(key, count) for key, (minute, count) in self._counts.items() if minute < now]
-        for key, _ in finished:
-            del self._counts[key]
-        return [(key, count) for key, count in finished if count]
+        now = _minute()
+        finished = [(entry, count) for entry, count in self._counts.items() if entry[1] < now]
+        for entry, _ in finished:
+            del self._counts[entry]
+        return [(key, count) for (key, _), count in finished if count]
+
+
+def _minute() -> int:
+    return int(time.time() // 60)

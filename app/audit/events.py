@@ -16,6 +16,7 @@ SCHEMA_VERSION: Final = 1
 class EventType(StrEnum):
     """Every kind of event; a name is never reused for another meaning."""
 
+    PLATFORM_ACTED = "platform.acted"
     TENANT_CREATED = "tenant.created"
     TENANT_DISABLED = "tenant.disabled"
     TENANT_ENABLED = "tenant.enabled"
@@ -38,6 +39,7 @@ class EventType(StrEnum):
     QUERY_RECEIVED = "query.received"
     QUERY_SCREENED = "query.screened"
     RUN_STARTED = "run.started"
+    RUN_CANCEL_ORDERED = "run.cancel_ordered"
     RUN_FINISHED = "run.finished"
     TOOL_DECIDED = "tool.decided"
     TOOL_FINISHED = "tool.finished"

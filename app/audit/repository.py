@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import insert, select
@@ -13,13 +14,15 @@ from app.audit.events import Event, canonical
 from app.audit.models import AuditEvent
 from app.db import new_id
 
+_INSERT: Final = insert(AuditEvent.table())
+
 
 async def append(session: AsyncSession, tenant_id: UUID, *events: Event) -> None:
     """Insert the events in their order; the caller's transaction commits them."""
     if not events:
         return
     at = datetime.now(UTC)
-    await session.execute(insert(AuditEvent), [_row(event, tenant_id, at) for event in events])
+    await session.execute(_INSERT, [_row(event, tenant_id, at) for event in events])
 
 
 def _row(event: Event, tenant_id: UUID, at: datetime) -> dict[str, object]:

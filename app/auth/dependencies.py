@@ -17,8 +17,11 @@ from app.cursors import Cursors
 from app.db import Database
 from app.errors import Forbidden, Unauthenticated
 from app.keyring import Keyring
+from app.platform_db import PlatformDatabase
 from app.scopes import Scope
 from app.telemetry.metrics import VIOLATIONS
+from app.tenants import service as tenants
+from app.tenants.service import AccessibleTenantID
 
 Row = TypeVar("Row")
 _bearer = HTTPBearer(auto_error=False, description="An API key (bh_...) or a token of a registered issuer.")
@@ -28,24 +31,32 @@ async def authenticated(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
     """The caller, whatever its scopes; raise Unauthenticated."""
-    if credentials is None:
-        raise Unauthenticated
     authenticator: Authenticator = request.app.state.authenticator
-    address = request.client.host if request.client else "unknown"
-    caller = await authenticator.authenticate(credentials.credentials, address=address)
+    if credentials is None:
+        VIOLATIONS.labels("unauthenticated").inc()
+        await authenticator.refuse("no_credential", address=_address(request))
+        raise Unauthenticated
+    caller = await authenticator.authenticate(credentials.credentials, address=_address(request))
+    request.state.user_id = str(caller.user_id)
     structlog.contextvars.bind_contextvars(tenant_id=str(caller.tenant_id), user_id=str(caller.user_id))
     return caller
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
 
 
 AnyCaller = Annotated[Caller, Depends(authenticated)]
 
 
-def requires(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+def requires(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     """A dependency that gives the caller if it holds the scope; raise Forbidden otherwise."""
 
-    async def with_scope(caller: AnyCaller) -> Caller:
+    async def with_scope(request: Request, caller: AnyCaller) -> Caller:
         if scope not in caller.scopes:
             VIOLATIONS.labels("forbidden").inc()
+            authenticator: Authenticator = request.app.state.authenticator
+            await authenticator.refuse(f"lacks_scope:{scope}", address=_address(request), caller=caller)
             raise Forbidden
         return caller
 
@@ -67,9 +78,26 @@ async def _cursors(request: Request) -> Cursors:
     return cursors
 
 
+async def _platform(request: Request) -> PlatformDatabase:
+    platform: PlatformDatabase = request.app.state.platform
+    return platform
+
+
+ThePlatform = Annotated[PlatformDatabase, Depends(_platform)]
 TheDatabase = Annotated[Database, Depends(_database)]
 TheKeyring = Annotated[Keyring, Depends(_keyring)]
 TheCursors = Annotated[Cursors, Depends(_cursors)]
+
+
+def acting(action: str) -> Callable[..., Awaitable[AccessibleTenantID]]:
+    """A dependency that lets an admin of the platform act for the tenant in the path, on the record."""
+
+    async def for_tenant(
+        tenant_id: UUID, caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))], platform: ThePlatform
+    ) -> AccessibleTenantID:
+        return await tenants.accessible(platform, tenant_id, actor_id=caller.user_id, action=action)
+
+    return for_tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,15 @@ from fastapi import APIRouter, Depends
 from pydantic import AwareDatetime, Field, model_validator
 
 from app.auth import repository, service
-from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, acting, paging, requires
 from app.caller import Caller
 from app.problems import responses
 from app.schemas import Answer, Body
 from app.scopes import Scope
+from app.tenants.service import AccessibleTenantID
 
 router = APIRouter(tags=["credentials"])
+_FIRST_MOMENT, _LAST_MOMENT = datetime(2000, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 KeyReader = Annotated[Caller, Depends(requires(Scope.KEYS_READ))]
 KeyWriter = Annotated[Caller, Depends(requires(Scope.KEYS_WRITE))]
 IssuerReader = Annotated[Caller, Depends(requires(Scope.ISSUERS_READ))]
@@ -28,7 +30,8 @@ class KeyIn(Body):
 
     user_id: UUID
     name: str = Field(min_length=1, max_length=100)
-    expires_at: AwareDatetime | None = None
+    # Within what Postgres and Python both can tell in every zone.
+    expires_at: AwareDatetime | None = Field(default=None, gt=_FIRST_MOMENT, lt=_LAST_MOMENT)
 
 
 class RotateIn(Body):
@@ -96,7 +99,7 @@ class IssuersOut(Answer):
     items: list[IssuerOut]
 
 
-@router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 422))
+@router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 413, 422))
 async def create_key(body: KeyIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring) -> NewKeyOut:
     """Its text is in this answer and nowhere else."""
     return await _create_key(database, keyring, caller.tenant_id, body, caller)
@@ -106,16 +109,16 @@ async def create_key(body: KeyIn, caller: KeyWriter, database: TheDatabase, keyr
     "/v1/tenants/{tenant_id}/keys",
     status_code=201,
     summary="Make an API key for a user of a tenant",
-    responses=responses(401, 403, 404, 422),
+    responses=responses(401, 403, 404, 413, 422),
 )
 async def create_tenant_key(
-    tenant_id: UUID,
+    tenant_id: Annotated[AccessibleTenantID, Depends(acting("key.create"))],
     body: KeyIn,
     caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))],
     database: TheDatabase,
     keyring: TheKeyring,
 ) -> NewKeyOut:
-    """Acting for the tenant: the event stands in its record, with the platform's admin as the actor."""
+    """Acting for the tenant: on both records, with the platform's admin as the actor."""
     return await _create_key(database, keyring, tenant_id, body, caller)
 
 
@@ -136,7 +139,7 @@ async def list_keys(
     "/v1/keys/{key_id}/rotate",
     status_code=201,
     summary="Make a key's successor",
-    responses=responses(401, 403, 404, 409, 422),
+    responses=responses(401, 403, 404, 409, 413, 422),
 )
 async def rotate_key(
     key_id: UUID, body: RotateIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring
@@ -157,7 +160,9 @@ async def revoke_key(key_id: UUID, caller: KeyWriter, database: TheDatabase) -> 
         await service.revoke_key(session, caller, key_id)
 
 
-@router.post("/v1/issuers", status_code=201, summary="Trust an OIDC issuer", responses=responses(401, 403, 409, 422))
+@router.post(
+    "/v1/issuers", status_code=201, summary="Trust an OIDC issuer", responses=responses(401, 403, 409, 413, 422)
+)
 async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDatabase) -> IssuerOut:
     """Its tokens must carry the audience in the answer, which is this tenant's alone."""
     async with database.transaction(caller.tenant_id) as session:

@@ -54,7 +54,7 @@ class Issuer(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True)
     issuer: Mapped[str]
     audience: Mapped[str]
-    jwks: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    jwks: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     jwks_uri: Mapped[str | None]
     role_claim: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -12,7 +12,8 @@ from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth.models import ApiKey, Issuer
-from app.errors import NotFound
+from app.caller import Caller
+from app.errors import NotFound, Unauthenticated
 from app.keyring import Mac
 
 # Plain SQL, since a domain's tables are imported by that domain alone.
@@ -25,6 +26,14 @@ from api_keys k
 join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
 join tenants t on t.id = k.tenant_id
 where k.lookup = :lookup
+""")
+_IS_ACTIVE: Final = text("""
+select u.disabled_at is null and t.status = 'active'
+       and (cast(:key_id as uuid) is null
+            or exists (select 1 from api_keys k where k.tenant_id = u.tenant_id and k.id = :key_id
+                       and k.revoked_at is null and coalesce(k.expires_at > now(), true)))
+from users u join tenants t on t.id = u.tenant_id
+where u.tenant_id = :tenant_id and u.id = :user_id
 """)
 _FIND_SUBJECT: Final = text("""
 select u.id, u.role, t.generation, u.disabled_at is null and t.status = 'active' as is_active
@@ -66,6 +75,13 @@ async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
     )
 
 
+async def recheck(session: AsyncSession, caller: Caller) -> None:
+    """Raise Unauthenticated where the caller's key, user or tenant has ended since the request began."""
+    ids = {"tenant_id": caller.tenant_id, "user_id": caller.user_id, "key_id": caller.key_id}
+    if not await session.scalar(_IS_ACTIVE, ids):
+        raise Unauthenticated
+
+
 async def note_use(session: AsyncSession, key: StoredKey) -> None:
     """Platform role: keep when a key was last used, to the minute."""
     await session.execute(
@@ -102,9 +118,10 @@ async def insert_key(session: AsyncSession, tenant_id: UUID, key_id: UUID, **val
     await session.execute(insert(ApiKey).values(tenant_id=tenant_id, id=key_id, **values))
 
 
-async def get_key(session: AsyncSession, key_id: UUID) -> ApiKey:
-    """Raise NotFound."""
-    key = await session.scalar(select(ApiKey).where(ApiKey.id == key_id))
+async def get_key(session: AsyncSession, key_id: UUID, *, for_update: bool = False) -> ApiKey:
+    """Raise NotFound; `for_update` keeps it as it is until the transaction ends."""
+    query = select(ApiKey).where(ApiKey.id == key_id)
+    key = await session.scalar(query.with_for_update() if for_update else query)
     if key is None:
         raise NotFound
     return key

@@ -21,7 +21,7 @@ from app.auth.models import Issuer
 from app.auth.repository import Holder
 from app.caller import PLATFORM_TENANT, Caller
 from app.db import Database, new_id
-from app.errors import Conflict, Unauthenticated
+from app.errors import Conflict, Fault, Unauthenticated
 from app.keyring import Keyring
 from app.platform_db import PlatformDatabase
 from app.scopes import SCOPES_OF, Role
@@ -81,6 +81,11 @@ class Authenticator:
         VIOLATIONS.labels("unauthenticated").inc()
         await self._record(found, address)
         raise Unauthenticated
+
+    async def refuse(self, reason: str, *, address: str, caller: Caller | None = None) -> None:
+        """Count and record what was refused before or after a credential: none was sent, or it lacks a scope."""
+        holder = (caller.tenant_id, caller.user_id) if caller else (PLATFORM_TENANT, None)
+        await self._record(_Refused(reason, *holder), address)
 
     async def _by_key(self, key: keys.PlainKey) -> Caller | _Refused:
         async with self._platform.transaction() as session:
@@ -212,7 +217,7 @@ async def rotate_key(
     session: AsyncSession, keyring: Keyring, caller: Caller, key_id: UUID, *, old_ends_at: datetime
 ) -> NewKey:
     """Mint a successor; the old key goes on until `old_ends_at`. Raise NotFound or Conflict."""
-    old = await repository.get_key(session, key_id)
+    old = await repository.get_key(session, key_id, for_update=True)
     if old.revoked_at is not None:
         raise Conflict("A revoked key has no successor.")
     new = await create_key(
@@ -221,7 +226,7 @@ async def rotate_key(
         caller.tenant_id,
         user_id=old.user_id,
         name=old.name,
-        expires_at=None,
+        expires_at=old.expires_at,
         actor_id=caller.user_id,
     )
     await repository.expire_key(session, key_id, old_ends_at)
@@ -233,8 +238,8 @@ async def rotate_key(
 async def revoke_key(session: AsyncSession, caller: Caller, key_id: UUID) -> None:
     """End a key at once, its runs in flight included. Raise NotFound."""
     key = await repository.get_key(session, key_id)
-    await repository.revoke_key(session, key_id)
     data = {"key_id": key_id, "user_id": key.user_id, "before": {"revoked": key.revoked_at is not None}}
+    await repository.revoke_key(session, key_id)
     await audit.append(session, caller.tenant_id, Event(EventType.KEY_REVOKED, actor_id=caller.user_id, data=data))
 
 
@@ -258,7 +263,10 @@ async def register_issuer(
     Raise InvalidKeySet for a document that cannot be used and IssuerTaken.
     """
     if jwks_document is not None:
-        jwks.parse_jwks(orjson.dumps(jwks_document))
+        document = orjson.dumps(jwks_document)
+        jwks.parse_jwks(document)
+        if b"\\u0000" in document:  # Postgres cannot keep one
+            raise jwks.InvalidKeySet(faults=[Fault("/jwks", "holds a NUL")])
     issuer_id, audience = new_id(), f"bulkhead:{caller.tenant_id}"
     try:
         async with session.begin_nested():

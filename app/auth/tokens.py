@@ -252,17 +252,21 @@ def _issuer(payload: Mapping[str, Any]) -> str:
 def _audiences(payload: Mapping[str, Any]) -> tuple[str, ...]:
     listed = payload.get("aud")
     audiences = listed if isinstance(listed, list) else [listed]
-    if not 1 <= len(audiences) <= _MAX_AUDIENCES or not all(isinstance(one, str) for one in audiences):
+    if not 1 <= len(audiences) <= _MAX_AUDIENCES or not all(_is_name(one) for one in audiences):
         raise TokenRefused(TokenFault.AUDIENCE)
     return tuple(audiences)
 
 
 def _name(source: Mapping[str, Any], member: str, fault: TokenFault) -> str:
     value = source.get(member)
-    # Printable: a NUL in a subject would break the statement that looks it up.
-    if not isinstance(value, str) or not 1 <= len(value) <= _MAX_NAME or not value.isprintable():
+    if not isinstance(value, str) or not _is_name(value):
         raise TokenRefused(fault)
     return value
+
+
+def _is_name(value: object) -> bool:
+    """Printable: a NUL would break the statement that looks it up."""
+    return isinstance(value, str) and 1 <= len(value) <= _MAX_NAME and value.isprintable()
 
 
 def _expiry(payload: Mapping[str, Any], *, after: float, until: float) -> float:

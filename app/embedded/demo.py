@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+from pydantic import SecretStr
 
 from app.auth.jwks import DevelopmentIssuer
 from app.errors import ConfigurationError
@@ -25,7 +26,7 @@ servers:
   docs: {template: filesystem, root: docs, readonly: true, max_file_size: 1MB, allowed_extensions: [.md, .txt, .json]}
 tools:
   allow: ["docs__*"]
-  deny: ["*__delete*"]
+  deny: ["*__delete*", "*__search*"]  # a search reads every file, so the rule below would not keep it out
   rules: |
     @id("drafts-are-private")
     forbid (principal, action == Action::"docs__read_file", resource)
@@ -54,35 +55,38 @@ class DemoTenant:
 
 
 class Demo:
-    """Makes the tenants on a running service, or finds that they are there."""
+    """The tenants on a running service, and the file that tells their keys."""
 
-    def __init__(self, url: str, *, data_dir: Path, issuer: DevelopmentIssuer) -> None:
+    def __init__(self, url: str, *, directory: Path, issuer: DevelopmentIssuer) -> None:
         self._url = url
         self._issuer = issuer
-        self._file = data_dir / ENV_FILE
+        self._file = directory / ENV_FILE
 
-    async def is_there(self) -> bool:
-        """True where the keys of an earlier start are still good."""
+    async def prepare(self, *, platform_key: str, metrics_token: SecretStr | None) -> None:
+        """Write the file of keys, readable by its owner alone; make the tenants where it holds no good keys yet."""
         values = read_env(self._file)
-        if "BULKHEAD_API_KEY" not in values:
+        if not await self._is_good(values.get("BULKHEAD_API_KEY")):
+            values = await self._make(platform_key)
+        values["BULKHEAD_URL"] = self._url
+        values["BULKHEAD_METRICS_TOKEN"] = metrics_token.get_secret_value() if metrics_token else ""
+        write_env(self._file, values)
+
+    async def _is_good(self, key: str | None) -> bool:
+        if key is None:
             return False
-        async with self._client(values["BULKHEAD_API_KEY"]) as client:
+        async with self._client(key) as client:
             return (await client.get("/v1/me")).status_code == 200
 
-    async def make(self, *, platform_key: str, metrics_token: str) -> None:
-        """Make both tenants and write the file of their keys, readable by its owner alone."""
+    async def _make(self, platform_key: str) -> dict[str, str]:
         async with self._client(platform_key) as client:
             harbor, orchard = [await self._make_tenant(client, slug) for slug in _TENANTS]
-        values = {
-            "BULKHEAD_URL": self._url,
+        return {
             "BULKHEAD_API_KEY": harbor.user_key,
             "BULKHEAD_ADMIN_KEY": harbor.admin_key,
             "BULKHEAD_OTHER_API_KEY": orchard.user_key,
             "BULKHEAD_PLATFORM_KEY": platform_key,
-            "BULKHEAD_METRICS_TOKEN": metrics_token,
             "BULKHEAD_DEMO_TENANT": harbor.tenant_id,
         }
-        write_env(self._file, values)
 
     async def _make_tenant(self, platform: httpx.AsyncClient, slug: str) -> DemoTenant:
         tenant_id = await self._free_tenant(platform, slug)

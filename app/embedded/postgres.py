@@ -92,16 +92,6 @@ class EmbeddedPostgres:
                 self._tell(None)
         raise Unavailable(f"{self.root} is held by a Postgres that does not get ready: see postgres.log there")
 
-    def attach(self) -> None:
-        """Wait for the cluster that another process started; Unavailable where none runs."""
-        with _explained(self.root):
-            for _ in _ticks(self._timeout_s):
-                if not self.is_running():
-                    break
-                if self._is_ready():
-                    return
-        raise Unavailable(f"no embedded Postgres runs in {self.root}")
-
     def is_running(self) -> bool:
         """True while a process of the cluster, or one that is about to start it, is alive."""
         with suppress(FileNotFoundError), _taken(self._lock, fcntl.LOCK_SH) as lock:

@@ -36,9 +36,14 @@ def _path_fault(argument: object) -> str | None:
         ("\\" in argument, "holds a backslash"),
         (argument.startswith("/"), "must be relative to the workspace"),
         (".." in argument.split("/"), "must not climb with '..'"),
+        (_has_empty_part(argument), "has an empty part: one file has one spelling, so that a rule on paths holds"),
         (_is_too_long(argument), "is too long"),
     )
     return next((fault for holds, fault in faults if holds), None)
+
+
+def _has_empty_part(path: str) -> bool:
+    return path != "." and not {"", "."}.isdisjoint(path.split("/"))
 
 
 def _is_too_long(path: str) -> bool:

@@ -18,7 +18,7 @@ from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import Caller
 from app.db import Database
-from app.errors import NotFound
+from app.errors import Conflict, NotFound
 from app.policies import document as documents
 from app.policies.document import PolicyDocument
 from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy
@@ -95,9 +95,23 @@ async def published_version(session: AsyncSession) -> int | None:
     return await session.scalar(select(PublishedPolicy.version))
 
 
-async def point(session: AsyncSession, caller: Caller, version: int, tools: Sequence[PinnedTool]) -> None:
-    """Move the pointer, with the tools that the version was compiled against; every cache is stale at commit."""
+class PolicyChanged(Conflict):
+    """Another version was published meanwhile; look at it before you replace it."""
+
+    code = "policy_changed"
+
+
+async def point(
+    session: AsyncSession, caller: Caller, version: int, tools: Sequence[PinnedTool], *, replaces: int | None
+) -> None:
+    """Move the pointer, with the tools that the version was compiled against; every cache is stale at commit.
+
+    Raise PolicyChanged where it no longer names `replaces`: what took long to prepare overwrites nothing newer.
+    """
+    await tenants.bump_generation(session, caller.tenant_id)  # first: its lock puts two publishers in an order
     before = await published_version(session)
+    if before != replaces:
+        raise PolicyChanged
     values = {
         "version": version,
         "pinned_tools": [_to_json(tool) for tool in tools],
@@ -106,7 +120,6 @@ async def point(session: AsyncSession, caller: Caller, version: int, tools: Sequ
     }
     statement = upsert(PublishedPolicy).values(tenant_id=caller.tenant_id, **values)
     await session.execute(statement.on_conflict_do_update(index_elements=["tenant_id"], set_=values))
-    await tenants.bump_generation(session, caller.tenant_id)
     data = {"before": before, "after": version, "tools": len(tools)}
     await audit.append(session, caller.tenant_id, Event(EventType.POLICY_PUBLISHED, actor_id=caller.user_id, data=data))
 

@@ -29,6 +29,8 @@ from app.runs.gate import Gate
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 
 _log = structlog.get_logger()
+# Far above any context window, and what 100 turns add up to still fits its column.
+_MAX_TURN_TOKENS: Final = 10_000_000
 _DEFAULT_INSTRUCTIONS: Final = "Answer the user's question. Use the tools where they help."
 
 
@@ -59,16 +61,19 @@ class GovernedChat(ChatOpenAI):
         try:
             response = await self.root_async_client.post("/chat/completions", body=payload, cast_to=httpx.Response)
             result = self._create_chat_result(orjson.loads(response.content))
+            message = result.generations[0].message
         except openai.APIStatusError as error:
             raise _failed(f"The model endpoint answered with status {error.status_code}.") from None
         except openai.APITimeoutError:
             raise _failed("The model endpoint did not answer in time.") from None
         except openai.APIConnectionError:
             raise _failed("The model endpoint could not be reached, or broke off.") from None
-        except (openai.OpenAIError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except UnicodeEncodeError:
+            raise _failed("The model sent tool arguments that are not valid Unicode.") from None
+        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError) as error:
             _log.warning("model.malformed", error=type(error).__name__)
             raise _failed("The model endpoint sent an answer that is not a chat completion.") from None
-        _note(run, result)
+        _note(run, message)
         return result
 
 
@@ -76,21 +81,28 @@ def _failed(detail: str) -> RunEnded:
     return RunEnded(Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, detail))
 
 
-def _note(run: RunContext, result: ChatResult) -> None:
+def _note(run: RunContext, message: BaseMessage) -> None:
     """Count tokens, keep the text so far, and refuse an answer that LangChain would take for an empty one."""
-    message = result.generations[0].message
     if not isinstance(message, AIMessage):
         raise _failed("The model endpoint sent no assistant message.")
-    if message.usage_metadata is not None:
-        run.input_tokens += message.usage_metadata["input_tokens"]
-        run.output_tokens += message.usage_metadata["output_tokens"]
+    _count(run, message)
     if message.invalid_tool_calls:
         raise _failed("The model sent tool arguments that are not JSON.")
     text = message.text
-    if not text and not message.tool_calls:
+    if not text.strip() and not message.tool_calls:
         raise _failed("The model sent an empty answer.")
     if text:
         run.answer = text
+
+
+def _count(run: RunContext, message: AIMessage) -> None:
+    usage = message.usage_metadata
+    if usage is None:
+        return
+    if not all(0 <= tokens <= _MAX_TURN_TOKENS for tokens in (usage["input_tokens"], usage["output_tokens"])):
+        raise _failed("The model endpoint reports a number of tokens that cannot be.")
+    run.input_tokens += usage["input_tokens"]
+    run.output_tokens += usage["output_tokens"]
 
 
 async def _refuse_direct_call(**_arguments: Any) -> str:

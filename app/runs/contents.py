@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import insert, select
@@ -11,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.keyring import SecretKey
 from app.runs.context import RunContext
 from app.runs.models import Content
+
+_INSERT: Final = insert(Content.table())
 
 
 class Kind(StrEnum):
@@ -25,11 +28,14 @@ class Kind(StrEnum):
 async def add(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int = 0) -> None:
     """Seal and insert a text of a run in flight."""
     sealed = run.content_key.seal(text.encode(), aad=_place(run.run_id, kind, sequence))
-    await session.execute(
-        insert(Content).values(
-            tenant_id=run.caller.tenant_id, run_id=run.run_id, kind=kind.value, sequence=sequence, sealed=sealed
-        )
-    )
+    values = {
+        "tenant_id": run.caller.tenant_id,
+        "run_id": run.run_id,
+        "kind": kind.value,
+        "sequence": sequence,
+        "sealed": sealed,
+    }
+    await session.execute(_INSERT, values)
 
 
 async def read(session: AsyncSession, key: SecretKey, run_id: UUID, kind: Kind, *, sequence: int = 0) -> str | None:

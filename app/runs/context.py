@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from app.caller import Caller
 from app.keyring import SecretKey
 from app.policies.decision import BuiltIn, Decision
 from app.policies.versions import ActivePolicy
-from app.runs.state import STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
+from app.runs.state import INTERRUPTED, STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
 
 UNKNOWN_TOOL: Final = "(unknown)"
+_T = TypeVar("_T")
+_SETTLE_S: Final = 5.0
 _UNDECIDED: Final = Decision(allowed=False, rule="not_decided", reason="")
 
 
@@ -42,7 +44,8 @@ class Call:
 class RunContext:
     """A run in flight. `content_key` seals its texts, `hash_key` makes the audit record's keyed hashes.
 
-    `unwritten` are calls whose outcome waits for the run's next commit, `calling` the tasks that make calls.
+    `unwritten` are calls whose outcome waits for the run's next commit, `governed` the tasks that decide, record and
+    make calls, `calling` those among them that wait for a server.
     """
 
     run_id: UUID
@@ -56,20 +59,52 @@ class RunContext:
     answer: str = field(default="", repr=False)
     calls: list[Call] = field(default_factory=list)
     unwritten: list[Call] = field(default_factory=list)
+    governed: set[asyncio.Task[Any]] = field(default_factory=set)
     calling: set[asyncio.Task[Any]] = field(default_factory=set)
+    is_over: bool = False
+
+    @contextmanager
+    def writing(self) -> Iterator[Sequence[Call]]:
+        """The calls whose outcome the block commits; where it fails, they wait for the next one."""
+        noted, self.unwritten = self.unwritten, []
+        try:
+            yield noted
+        except BaseException:
+            self.unwritten = [*noted, *self.unwritten]
+            raise
+
+    def keep(self, governed: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Govern a call in a task of its own, which ends before the run does and which nobody else may cancel."""
+        task = asyncio.create_task(governed)
+        self.governed.add(task)
+        task.add_done_callback(self.governed.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waited may be gone
+        return task
+
+    async def until_its_end(self, calling: Coroutine[Any, Any, _T]) -> _T:
+        """Call a server; cancelled when the run ends, and RunEnded with nothing called where it has ended."""
+        if self.is_over:
+            calling.close()
+            raise RunEnded(INTERRUPTED)
+        task = asyncio.create_task(calling)
+        self.calling.add(task)
+        try:
+            return await task
+        finally:
+            self.calling.discard(task)
 
     async def settle(self, *, patience_s: float) -> None:
-        """Let the calls under way end, and cancel what does not: nothing of a run happens after its end.
+        """Let the calls under way end, and cancel those that do not: nothing of a run happens after its end.
 
-        LangChain makes the calls of one message side by side, and forgets the others once one of them raises.
+        Only waiting for a server is cancelled, never a transaction: what is kept in memory is what is stored.
         """
-        for cancels, patience in ((False, patience_s), (True, 5.0)):
-            calling = self.calling - {asyncio.current_task()}
-            if not calling:
-                return
-            for task in calling if cancels else ():
-                task.cancel()
-            await asyncio.wait(calling, timeout=patience)
+        if self.governed:
+            await asyncio.wait(self.governed, timeout=patience_s)
+        self.is_over = True
+        for task in self.calling:
+            task.cancel()
+        if self.governed:
+            await asyncio.wait(self.governed, timeout=_SETTLE_S)
 
     @property
     def model(self) -> str:

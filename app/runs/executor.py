@@ -81,16 +81,16 @@ class Executor:
     async def _attempt(self, run: RunContext, query: str, history: Sequence[BaseMessage]) -> Ending:
         patience_s = 0.0
         try:
-            async with asyncio.timeout(run.policy.document.limits.timeout_s):
+            async with asyncio.timeout(run.policy.document.limits.timeout_s) as deadline:
                 with running(run):
                     await self._agent(run).run(query, external_history=history)
         except RunEnded as ended:
             # At a limit the calls under way may still end; what stops the run otherwise stops them too.
             patience_s = self._tool_timeout_s if ended.ending.answers else 0
             return ended.ending
-        except TimeoutError:
-            return RUN_TIMEOUT
         except Exception:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
+            if deadline.expired():
+                return RUN_TIMEOUT
             _log.exception("run.failed", run_id=str(run.run_id))
             return INTERNAL
         finally:

@@ -52,13 +52,11 @@ class Gate(AgentMiddleware):
         return self._answer(asked["name"], asked["args"], call_id=asked["id"] or "")
 
     async def _answer(self, tool: str, arguments: Mapping[str, Any], *, call_id: str) -> ToolMessage:
-        run, task = current_run(), asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine that runs has a task
-        run.calling.add(task)
-        try:
-            text, is_good = await self._govern(run, run.begin_call(tool, arguments))
-        finally:
-            run.calling.discard(task)
+        run = current_run()
+        # LangChain makes the calls of a message side by side, and cancels the others once one of them raises, also
+        # in the middle of their transactions: when a call ends is for the run to say.
+        task = run.keep(self._govern(run, run.begin_call(tool, arguments)))
+        text, is_good = await asyncio.shield(task)
         return ToolMessage(content=text, tool_call_id=call_id, name=tool, status="success" if is_good else "error")
 
     async def _govern(self, run: RunContext, call: Call) -> tuple[str, bool]:
@@ -69,8 +67,8 @@ class Gate(AgentMiddleware):
             return f"Denied by the policy (rule {decision.rule}): {decision.reason}", False
         started = time.monotonic()
         try:
-            outcome, text = await self._make(run, call)
-        except RunEnded:  # the server did not start, so nothing was called
+            outcome, text = await run.until_its_end(self._make(run, call))
+        except RunEnded:  # the run or the server's start has ended before it, so nothing was called
             self._close(run, call, Outcome.FAILED, "", started)
             raise
         except BaseException:  # cancelled, or a defect: the server may have acted

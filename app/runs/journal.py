@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -30,8 +30,10 @@ _OUTCOME = (
         ToolCall.outcome.is_(None),
     )
     .values(outcome=bindparam("new_outcome"), duration_ms=bindparam("new_duration_ms"))
+    .returning(ToolCall.sequence)
     .execution_options(synchronize_session=None)
 )
+_INSERT = insert(ToolCall.table())
 
 
 class Journal:
@@ -45,17 +47,17 @@ class Journal:
 
         Raise RunEnded where the run must stop now; then nothing of the call is recorded, since nothing is done.
         """
-        tenant_id = run.caller.tenant_id
-        async with self._database.transaction(tenant_id) as session:
-            (orders,) = await read_orders(session, [run.run_id])
-            await self.flush(session, run)
-            ending = _ending(orders)
-            if ending is None:
-                if decision and orders.stops(call.tool):
-                    decision = _KILLED
-                call.decision = decision
-                call.outcome = None if decision else Outcome.DENIED
-                await self._insert(session, run, call)
+        with run.writing() as noted:
+            async with self._database.transaction(run.caller.tenant_id) as session:
+                (orders,) = await read_orders(session, [run.run_id])
+                await self._write(session, run, noted)
+                ending = _ending(orders)
+                if ending is None:
+                    if decision and orders.stops(call.tool):
+                        decision = _KILLED
+                    call.decision = decision
+                    call.outcome = None if decision else Outcome.DENIED
+                    await self._insert(session, run, call)
         if ending is not None:
             raise RunEnded(ending)
         return decision
@@ -63,31 +65,34 @@ class Journal:
     async def _insert(self, session: AsyncSession, run: RunContext, call: Call) -> None:
         tenant_id = run.caller.tenant_id
         arguments = canonical_arguments(call.arguments)
-        await session.execute(
-            insert(ToolCall).values(
-                tenant_id=tenant_id,
-                run_id=run.run_id,
-                sequence=call.sequence,
-                tool=call.recorded_tool,
-                decision="allowed" if call.decision else "denied",
-                rule=call.decision.rule,
-                outcome=call.outcome,
-            )
-        )
+        values = {
+            "tenant_id": tenant_id,
+            "run_id": run.run_id,
+            "sequence": call.sequence,
+            "tool": call.recorded_tool,
+            "decision": "allowed" if call.decision else "denied",
+            "rule": call.decision.rule,
+            "outcome": call.outcome,
+        }
+        await session.execute(_INSERT, values)
         await contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
         await audit.append(session, tenant_id, _decided(run, call, arguments))
 
     async def flush(self, session: AsyncSession, run: RunContext) -> None:
         """Write the outcomes noted so far, in the caller's transaction."""
-        calls, run.unwritten = run.unwritten, []
-        if not calls:
+        with run.writing() as noted:
+            await self._write(session, run, noted)
+
+    async def _write(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
+        if not noted:
             return
         tenant_id = run.caller.tenant_id
         connection = await session.connection()
-        await connection.execute(_OUTCOME, [_outcome_row(tenant_id, run.run_id, call) for call in calls])
-        for call in calls:
-            await contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
-        await audit.append(session, tenant_id, *(_finished(run, call) for call in calls))
+        for call in noted:
+            # Where another process took this one for dead, the record already says that the outcome is unknown.
+            if await connection.scalar(_OUTCOME, _outcome_row(tenant_id, run.run_id, call)) is not None:
+                await contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
+                await audit.append(session, tenant_id, _finished(run, call))
 
 
 def _ending(orders: Orders) -> Ending | None:
@@ -99,7 +104,8 @@ def _ending(orders: Orders) -> Ending | None:
 
 def canonical_arguments(arguments: Mapping[str, Any]) -> str:
     """Arguments as they are sealed and hashed."""
-    return json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair, as JSON escapes it
 
 
 def _outcome_row(tenant_id: UUID, run_id: UUID, call: Call) -> dict[str, Any]:

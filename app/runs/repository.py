@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
+from app.caller import Caller
 from app.runs.context import RunContext
 from app.runs.models import Run, ToolCall
 from app.runs.state import Ending, Outcome, State, StopCause
@@ -63,17 +67,21 @@ async def finish(session: AsyncSession, run: RunContext, ending: Ending, cause: 
     return await session.scalar(statement) is not None
 
 
-async def order_cancel(session: AsyncSession, cause: StopCause, *, run_id: UUID | None = None) -> int:
-    """Order the tenant's running runs, or one of them, to stop; give how many there were."""
+async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, *, run_id: UUID | None = None) -> int:
+    """Order the tenant's running runs, or one of them, to stop, each on the record; give how many there were."""
     statement = (
         update(Run)
-        .where(Run.state == State.RUNNING, Run.cancel_cause.is_(None))
+        .where(Run.tenant_id == caller.tenant_id, Run.state == State.RUNNING, Run.cancel_cause.is_(None))
         .values(cancel_cause=cause)
         .returning(Run.id)
     )
     if run_id is not None:
         statement = statement.where(Run.id == run_id)
-    return len((await session.scalars(statement)).all())
+    stopped = (await session.scalars(statement)).all()
+    kind, data = EventType.RUN_CANCEL_ORDERED, {"cause": cause}
+    events = [Event(kind, actor_id=caller.user_id, run_id=stopped_id, data=data) for stopped_id in stopped]
+    await audit.append(session, caller.tenant_id, *events)
+    return len(stopped)
 
 
 async def renew_leases(session: AsyncSession, run_ids: Sequence[UUID], *, lease_s: float) -> None:
@@ -83,8 +91,18 @@ async def renew_leases(session: AsyncSession, run_ids: Sequence[UUID], *, lease_
     )
 
 
-async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Sequence[tuple[UUID, UUID, UUID]]:
-    """Platform role: end the runs whose process died, with what it had under way; (tenant, run, user) of each."""
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A run that was ended for its dead process, and the calls (sequence, tool) whose outcome nobody knows."""
+
+    tenant_id: UUID
+    run_id: UUID
+    user_id: UUID
+    calls: Sequence[tuple[int, str]]
+
+
+async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Sequence[Interrupted]:
+    """Platform role: end the runs whose process died, with what they had under way."""
     expired = (
         select(Run.tenant_id, Run.id)
         .where(Run.state == State.RUNNING, Run.lease_until < func.now())
@@ -100,14 +118,25 @@ async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Seque
         .returning(Run.tenant_id, Run.id, Run.user_id)
         .execution_options(synchronize_session=False)
     )
-    runs = [(row.tenant_id, row.id, row.user_id) for row in (await session.execute(statement)).all()]
-    if runs:
-        await session.execute(
-            update(ToolCall)
-            .where(ToolCall.run_id.in_([run_id for _, run_id, _ in runs]), ToolCall.outcome.is_(None))
-            .values(outcome=Outcome.UNKNOWN)
+    runs = (await session.execute(statement)).all()
+    calls = await _leave_unknown(session, [row.id for row in runs]) if runs else []
+    return [
+        Interrupted(
+            row.tenant_id, row.id, row.user_id, sorted((n, tool) for run_id, n, tool in calls if run_id == row.id)
         )
-    return runs
+        for row in runs
+    ]
+
+
+async def _leave_unknown(session: AsyncSession, run_ids: Sequence[UUID]) -> Sequence[tuple[UUID, int, str]]:
+    statement = (
+        update(ToolCall)
+        .where(ToolCall.run_id.in_(run_ids), ToolCall.outcome.is_(None))
+        .values(outcome=Outcome.UNKNOWN)
+        .returning(ToolCall.run_id, ToolCall.sequence, ToolCall.tool)
+        .execution_options(synchronize_session=False)
+    )
+    return [(row.run_id, row.sequence, row.tool) for row in (await session.execute(statement)).all()]
 
 
 async def find(session: AsyncSession, run_id: UUID, *, user_id: UUID | None) -> Run | None:

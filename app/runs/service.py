@@ -18,12 +18,13 @@ from app.errors import Conflict, NotFound
 from app.keyring import Keyring, SecretKey
 from app.policies import screening
 from app.policies.screening import Verdict
-from app.policies.versions import ActivePolicy
+from app.policies.versions import ActivePolicy, published_version
 from app.runs import contents, repository
 from app.runs.context import RunContext
 from app.runs.executor import Executor
 from app.runs.journal import Journal
-from app.runs.state import INTERRUPTED, NO_TOOLS, QUERY_REFUSED, Ending, StopCause
+from app.runs.state import INTERRUPTED, NO_TOOLS, QUERY_REFUSED, Ending, StopCause, cancelled
+from app.runs.stops import read_orders
 from app.tenants import keys as tenant_keys
 from app.tenants import repository as tenants
 from app.tenants.service import open_tenant_key
@@ -87,7 +88,7 @@ class RunService:
         async with self._database.transaction(caller.tenant_id) as session:
             if await repository.find(session, run_id, user_id=user_id) is None:
                 raise NotFound
-            if not await repository.order_cancel(session, StopCause.USER, run_id=run_id):
+            if not await repository.order_cancel(session, caller, StopCause.USER, run_id=run_id):
                 raise Conflict("The run has ended, or is being cancelled.")
 
     async def close(self) -> None:
@@ -107,9 +108,21 @@ class RunService:
                 session, run, conversation_id=question.conversation_id, lease_s=self._lease_s, denied=denied
             )
             await contents.add(session, run, contents.Kind.QUERY, question.text)
-            await audit.append(session, caller.tenant_id, *_beginnings(run, question, verdict, denied))
+            cause = None if denied else await self._stopped(session, run)
+            denied = cancelled(cause) if cause else denied
+            await audit.append(session, caller.tenant_id, *_beginnings(run, question, verdict, denied, cause=cause))
             history = [] if denied else await self._history(session, run, question.conversation_id)
         return run, history, denied
+
+    async def _stopped(self, session: AsyncSession, run: RunContext) -> StopCause | None:
+        """Why the run ends before it has begun, where a kill switch holds or the caller was stopped meanwhile."""
+        (orders,) = await read_orders(session, [run.run_id])
+        stop = orders.stop
+        if stop is None and await published_version(session) != run.policy.version:
+            stop = StopCause.POLICY_REVOKED  # replaced between the request and its run: it begins under no old version
+        if stop is not None:
+            await repository.finish(session, run, cancelled(stop), stop)
+        return stop
 
     async def _new_run(self, session: AsyncSession, caller: Caller, policy: ActivePolicy, run_id: UUID) -> RunContext:
         tenant_key = await open_tenant_key(session, self._keyring, caller.tenant_id)
@@ -167,7 +180,9 @@ def _denial(policy: ActivePolicy, verdict: Verdict) -> Ending | None:
     return None if policy.compiled.visible_tools else NO_TOOLS
 
 
-def _beginnings(run: RunContext, question: Question, verdict: Verdict, denied: Ending | None) -> list[Event]:
+def _beginnings(
+    run: RunContext, question: Question, verdict: Verdict, denied: Ending | None, *, cause: StopCause | None
+) -> list[Event]:
     def event(kind: EventType, **data: object) -> Event:
         return Event(kind, actor_id=run.caller.user_id, run_id=run.run_id, data=data)
 
@@ -186,7 +201,7 @@ def _beginnings(run: RunContext, question: Question, verdict: Verdict, denied: E
         policy_version=run.policy.version,
     )
     if denied is not None:
-        return [received, screened, _finished(run, denied, None)]
+        return [received, screened, _finished(run, denied, cause)]
     started = event(EventType.RUN_STARTED, policy_version=run.policy.version, model=run.model)
     return [received, screened, started]
 

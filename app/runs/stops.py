@@ -23,7 +23,7 @@ select r.id, r.state, r.cancel_cause,
        u.disabled_at is not null as user_disabled,
        k.id is not null and (k.revoked_at is not null or k.expires_at <= now()) as key_revoked,
        array(
-           select s.scope || ':' || coalesce(s.target, '')
+           select distinct s.scope || ':' || coalesce(s.target, '')
            from kill_switches s
            where s.tenant_id in (r.tenant_id, :platform) and s.lifted_at is null
        ) as switches

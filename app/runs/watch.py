@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from typing import Final
 
 import structlog
@@ -14,7 +15,8 @@ from app.audit.events import Event, EventType
 from app.platform_db import PlatformDatabase
 from app.runs import repository
 from app.runs.executor import Executor
-from app.runs.state import INTERRUPTED, StopCause
+from app.runs.repository import Interrupted
+from app.runs.state import INTERRUPTED, Outcome, StopCause
 from app.runs.stops import read_orders
 
 _log = structlog.get_logger()
@@ -70,8 +72,20 @@ class Watch:
     async def reap(self) -> None:
         """End the runs whose lease has run out, each with its event."""
         async with self._platform.transaction() as session:
-            for tenant_id, run_id, user_id in await repository.interrupt_expired(session):
-                data = {"state": INTERRUPTED.state, "code": INTERRUPTED.code, "cause": "process_died"}
-                event = Event(EventType.RUN_FINISHED, actor_id=user_id, run_id=run_id, data=data)
-                await audit.append(session, tenant_id, event)
-                _log.warning("run.interrupted", tenant_id=str(tenant_id), run_id=str(run_id))
+            for ended in await repository.interrupt_expired(session):
+                await audit.append(session, ended.tenant_id, *_endings(ended))
+                _log.warning("run.interrupted", tenant_id=str(ended.tenant_id), run_id=str(ended.run_id))
+
+
+def _endings(ended: Interrupted) -> Iterator[Event]:
+    for sequence, tool in ended.calls:
+        data = {
+            "sequence": sequence,
+            "tool": tool,
+            "outcome": Outcome.UNKNOWN,
+            "duration_ms": None,
+            "result_hmac": None,
+        }
+        yield Event(EventType.TOOL_FINISHED, actor_id=ended.user_id, run_id=ended.run_id, data=data)
+    data = {"state": INTERRUPTED.state, "code": INTERRUPTED.code, "cause": "process_died"}
+    yield Event(EventType.RUN_FINISHED, actor_id=ended.user_id, run_id=ended.run_id, data=data)

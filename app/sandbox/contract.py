@@ -41,7 +41,7 @@ class Limits:
     """Set on every process inside; bytes and seconds. Only `processes` (threads count) is for all together.
 
     `data_bytes` is RLIMIT_DATA: a limit on the address space breaks runtimes that reserve and never touch.
-    `tmp_bytes` holds for /tmp and for /dev/shm, each.
+    `tmp_bytes` holds for /tmp and for /dev/shm, each; under Landlock it holds for neither.
     """
 
     data_bytes: int = 512 * _MIB
@@ -55,6 +55,17 @@ class Limits:
         for name in self.__slots__:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
+
+    def rlimits(self) -> dict[str, int]:
+        """By the names of the kernel."""
+        return {
+            "RLIMIT_CORE": 0,
+            "RLIMIT_CPU": self.cpu_seconds,
+            "RLIMIT_DATA": self.data_bytes,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_NOFILE": self.open_files,
+            "RLIMIT_NPROC": self.processes,
+        }
 
 
 @dataclass(frozen=True, slots=True)

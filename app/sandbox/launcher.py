@@ -6,6 +6,8 @@ It does what must happen between the service and bubblewrap, and what no argumen
 - It ends with the service, even when that is killed before bubblewrap has begun to watch for it.
 - It limits the first process inside before that goes on: set before bubblewrap, the limit on processes would
   count all that this user runs on the host.
+
+The launcher of Landlock takes its first steps from here.
 """
 
 from __future__ import annotations
@@ -33,17 +35,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
-    order = json.loads(os.environ["BULKHEAD_SANDBOX"])
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    os.chdir("/")
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)  # a group that the guard may kill: not the service's
+    order = begin()
     gate = _open_gate()
     if order["become"] is not None:
-        _stage(order)
-        _become(order["become"])
-    _end_with(order["parent"])
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _stage_all(order)
+        become(order["become"])
+    end_with(order["parent"])
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
     report = _limit_first_process(order["limits"], gate)
     options = [*order["compartment"], *_root(order), "--info-fd", report, "--block-fd", str(gate)]
     os.set_inheritable(gate, True)
@@ -53,6 +51,16 @@ def main() -> NoReturn:
         signal.signal(ignored, signal.SIG_DFL)
     environment = {"LD_LIBRARY_PATH": order["libraries"]} if order["libraries"] else {}
     os.execve(order["binary"], arguments, environment)  # noqa: S606  # a shell is the last thing wanted
+
+
+def begin() -> dict[str, Any]:
+    """Let go of what is the service's; what it ordered."""
+    order: dict[str, Any] = json.loads(os.environ["BULKHEAD_SANDBOX"])
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir("/")
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # a group that the guard may kill: not the service's
+    return order
 
 
 def _root(order: dict[str, Any]) -> list[str]:
@@ -66,18 +74,21 @@ def _root(order: dict[str, Any]) -> list[str]:
     return [*options, "--seccomp", _pipe(base64.b64decode(order["system_calls"]))]
 
 
-def _stage(order: dict[str, Any]) -> None:
-    """Bind every source below a private _STAGE and rewrite the order to it; nobody but us sees this."""
-    _check(_libc.unshare(_CLONE_NEWNS), "unshare")
-    _mount("none", "/", _MS_REC | _MS_PRIVATE)
+def _stage_all(order: dict[str, Any]) -> None:
     sources = [order["binary"], order["libraries"] or order["binary"], *(mount[0] for mount in order["mounts"])]
-    # Pinned before _STAGE is covered: a source may lie there.
-    pinned = [os.open(source, os.O_PATH | os.O_CLOEXEC) for source in sources]
-    _mount("tmpfs", _STAGE, _MS_NOSUID | _MS_NODEV, kind=b"tmpfs", data=b"mode=0711,size=1m")
-    staged = [_bind(source, f"{_STAGE}/{number}") for number, source in enumerate(pinned)]
-    order["binary"], libraries, *mounts = staged
+    order["binary"], libraries, *mounts = stage(sources, _STAGE)
     order["libraries"] = libraries if order["libraries"] else None
     order["mounts"] = [[place, *mount[1:]] for place, mount in zip(mounts, order["mounts"], strict=True)]
+
+
+def stage(sources: list[str], folder: str) -> list[str]:
+    """Bind every source below a `folder` of our own and tell where; nobody but us sees this."""
+    check(_libc.unshare(_CLONE_NEWNS), "unshare")
+    _mount("none", "/", _MS_REC | _MS_PRIVATE)
+    # Pinned before the folder is covered: a source may lie there.
+    pinned = [os.open(source, os.O_PATH | os.O_CLOEXEC) for source in sources]
+    _mount("tmpfs", folder, _MS_NOSUID | _MS_NODEV, kind=b"tmpfs", data=b"mode=0711,size=1m")
+    return [_bind(source, f"{folder}/{number}") for number, source in enumerate(pinned)]
 
 
 def _bind(source: int, place: str) -> str:
@@ -90,15 +101,15 @@ def _bind(source: int, place: str) -> str:
     return place
 
 
-def _become(uid: int) -> None:
+def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Be killed when the parent dies; go now if it already has."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("sandbox: not started by the process that asked for it")
 
@@ -200,15 +211,15 @@ def _pipe(data: bytes) -> str:
 
 def _mount(source: str, target: str, flags: int, *, kind: bytes | None = None, data: bytes | None = None) -> None:
     done = _libc.mount(source.encode(), target.encode(), kind, ctypes.c_ulong(flags), data)
-    _check(done, "mount")
+    check(done, "mount")
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
     done = _libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0)))
-    _check(done, "prctl")
+    check(done, "prctl")
 
 
-def _check(result: int, call: str) -> None:
+def check(result: int, call: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")

@@ -28,39 +28,49 @@ _IN_A_CONTAINER = (
     "let the service create user namespaces: in a container, use a seccomp profile that allows unshare, clone, "
     "mount and pivot_root, and an unmasked /proc"
 )
+_STOP = "start no tool server on this machine, and report this with its kernel and container runtime"
+_GVISOR = "the kernel is gVisor, under which no backend has been proven"
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """`reason` may be shown to anyone; `remedy` is the operator's, the exact fix to make. Both empty when ok."""
+    """`reason` may be shown to anyone; `remedy` is the operator's, the exact fix to make. Both empty when ok.
+
+    `note` is what else an operator should know, also when ok.
+    """
 
     ok: bool
     backend: str
     reason: str = ""
     remedy: str = ""
+    note: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
 
 
-async def probe(sandbox: Sandbox, *, host_uid: int = NOBODY, kernel: Path = Path("/proc/sys")) -> Probe:
-    """Run the canary inside. Ok only if it ran, and managed none of its attempts. Takes well under a second."""
+async def probe(sandbox: Sandbox, *, host_uid: int = NOBODY, proc: Path = Path("/proc"), remedy: str = "") -> Probe:
+    """Run the canary inside. Ok only if it ran, and managed none of its attempts. Takes well under a second.
+
+    `remedy` is for when no program starts; by default it is what allows namespaces.
+    """
+    note = _GVISOR if _is_gvisor(proc) else ""
     try:
         output, complaint = await _run_canary(sandbox, host_uid)
     except SandboxUnavailable as error:
-        return Probe(ok=False, backend=sandbox.name, reason=error.detail, remedy=error.remedy)
+        return Probe(ok=False, backend=sandbox.name, reason=error.detail, remedy=error.remedy, note=note)
     managed = _managed(output)
     if managed is None:
         reason = f"no program starts inside: {_without_paths(complaint)}"
-        return Probe(ok=False, backend=sandbox.name, reason=reason, remedy=_remedy(kernel))
+        return Probe(ok=False, backend=sandbox.name, reason=reason, remedy=remedy or _remedy(proc), note=note)
     if managed:
         reason = "a program inside " + ", ".join(managed).replace("_", " ")
-        remedy = "start no tool server on this machine, and report this with its kernel and container runtime"
-        return Probe(ok=False, backend=sandbox.name, reason=reason, remedy=remedy)
-    return Probe(ok=True, backend=sandbox.name)
+        return Probe(ok=False, backend=sandbox.name, reason=reason, remedy=_STOP, note=note)
+    return Probe(ok=True, backend=sandbox.name, note=note)
 
 
 async def _run_canary(sandbox: Sandbox, host_uid: int) -> tuple[bytes, str]:
+    _check_temporary_folder()
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     async with server:
         with _bait() as folder:
@@ -68,10 +78,19 @@ async def _run_canary(sandbox: Sandbox, host_uid: int) -> tuple[bytes, str]:
             return await _run(sandbox.launch(_profile(folder, host, host_uid)))
 
 
+def _check_temporary_folder() -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SandboxUnavailable(
+            "there is no folder for temporary files", remedy="mount a writable volume at /tmp"
+        ) from error
+
+
 def _profile(folder: Path, host: dict[str, Any], host_uid: int) -> Profile:
     python = runtimes.python()
     return Profile(
-        argv=(python.interpreter, "-I", _CANARY, json.dumps(host)),
+        argv=(python.interpreter, "-I", _CANARY, json.dumps(host).encode().hex(), _FOLDER),
         host_uid=host_uid,
         mounts=(
             *python.mounts,
@@ -98,7 +117,7 @@ def _bait() -> Iterator[Path]:
 
 def _bait_for_canary(folder: Path) -> dict[str, Any]:
     started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    return {"file": str(folder / "secret"), "folder": _FOLDER, "pid": os.getpid(), "started": started}
+    return {"file": str(folder / "secret"), "pid": os.getpid(), "started": started}
 
 
 async def _run(launch: Launch) -> tuple[bytes, str]:
@@ -133,9 +152,15 @@ def _without_paths(complaint: str) -> str:
     return re.sub(r"/\S+", "(path)", complaint.strip().rpartition("\n")[2]) or "it said nothing"
 
 
-def _remedy(kernel: Path) -> str:
+def _is_gvisor(proc: Path) -> bool:
+    """Its kernel names itself, or by default the day that it has always named."""
+    version = (proc / "version").read_text(encoding="utf-8") if (proc / "version").is_file() else ""
+    return "gvisor" in version.lower() or "Sun Jan 10 15:06:54 PST 2016" in version
+
+
+def _remedy(proc: Path) -> str:
     for name, forbidding, allowing in _SETTINGS:
-        setting = kernel / name.replace(".", "/")
+        setting = proc / "sys" / name.replace(".", "/")
         if setting.is_file() and setting.read_text(encoding="ascii").strip() == forbidding:
             return f"sysctl -w {name}={allowing}"
     return _IN_A_CONTAINER

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from app.errors import Unavailable
+from app.errors import Conflict, Unavailable
 
 
 class ServerUnavailable(Unavailable):
     """The tool server does not start."""
 
     code = "server_unavailable"
+
+
+class PublishUnderWay(Conflict):
+    """The tenant is publishing a policy already."""
+
+    code = "publish_under_way"
 
 
 class ToolTimedOut(Exception):

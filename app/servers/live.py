@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final
 
 import anyio
 import structlog
-from mcp import McpError
+from mcp import ClientSession, McpError
 from mcp.types import CONNECTION_CLOSED, CallToolResult, PaginatedRequestParams, TextContent, Tool
-from mcp_use.client.connectors.stdio import StdioConnector
+from mcp_use.client.middleware import CallbackClientSession, MiddlewareManager
+from pydantic import ValidationError
 
 from app.sandbox.contract import Launch
+from app.servers import wire as wires
 from app.servers.errors import ServerLost, ServerUnavailable, ToolTimedOut
 from app.servers.permits import Permit, PermitMiddleware, permitted
 from app.servers.stderr import StderrTail
 
 _log = structlog.get_logger()
 _MAX_TOOLS: Final = 512
-_CLOSE_S: Final = 10
+_CLOSE_S: Final = 20
+_GRACE_S: Final = 2
+
+
+class _Session(ClientSession):
+    async def _validate_tool_result(self, name: str, result: CallToolResult) -> None:
+        """Nothing reads structured content, and one regular expression in a server's own schema could stop us."""
 
 
 class LiveServer:
@@ -31,23 +38,19 @@ class LiveServer:
         self.tools: Sequence[Tool] = ()
         self._launch = launch
         self._stderr = stderr
-        self._connector: StdioConnector | None = None
+        self._session: CallbackClientSession | None = None
         self._stop = asyncio.Event()
         self._owner: asyncio.Task[None] | None = None
-        self._is_broken = False
+        self._is_retired = False
 
     @property
     def is_healthy(self) -> bool:
         """True while calls may be made."""
-        return self._connector is not None and not self._is_broken and not self._owner_is_done
-
-    @property
-    def _owner_is_done(self) -> bool:
-        return self._owner is None or self._owner.done()
+        return self._session is not None and not self._is_retired and not self._stop.is_set()
 
     def retire(self) -> None:
         """Let no further call begin: after a time-out the server may still be busy with the old one."""
-        self._is_broken = True
+        self._is_retired = True
 
     async def start(self, *, timeout_s: float) -> None:
         """Start, initialize and list tools, or raise ServerUnavailable with nothing left running."""
@@ -61,55 +64,54 @@ class LiveServer:
             raise
 
     async def _own(self, ready: asyncio.Future[None], timeout_s: float) -> None:
-        connector = self._new_connector()
         try:
-            async with asyncio.timeout(timeout_s):
-                self.tools = await self._connect(connector)
-            self._connector = connector
-            if not ready.done():
-                ready.set_result(None)
-            await self._stop.wait()
+            async with (
+                wires.opened(self._launch, self._stderr.writer, on_end=self._stop.set) as wire,
+                _Session(wire.incoming, wire.outgoing) as session,
+            ):
+                async with asyncio.timeout(timeout_s):
+                    self.tools = await self._greet(session)
+                self._session = self._permitting(session)
+                if not ready.done():
+                    ready.set_result(None)
+                await self._stop.wait()
+                # Before the session ends, so that it tells those who still wait for an answer.
+                await wire.end(grace_s=0 if self._is_retired else _GRACE_S)
         except Exception as error:  # noqa: BLE001  whatever a hostile server provokes here becomes one clear refusal
-            _log.warning("server.start_failed", server=self.name, error=type(error).__name__)
-            if not ready.done():
-                ready.set_exception(ServerUnavailable(f"The tool server {self.name!r} does not start."))
+            self._refuse(ready, error)
         finally:
-            self._connector = None
-            with anyio.CancelScope(shield=True), suppress(Exception):
-                async with asyncio.timeout(_CLOSE_S):
-                    await connector._cleanup_resources()  # noqa: SLF001  the only way that also kills a half-open child
+            self._stop.set()
             self._stderr.close()
 
-    def _new_connector(self) -> StdioConnector:
-        connector = StdioConnector(
-            command=self._launch.argv[0],
-            args=list(self._launch.argv[1:]),
-            env=dict(self._launch.environment),
-            errlog=self._stderr.writer,
-            middleware=[PermitMiddleware(self.name)],
-        )
-        # A reconnect would start a process without initializing it.
-        connector.auto_reconnect = False
-        connector._record_telemetry = False  # noqa: SLF001  there is no public switch for one connector
-        return connector
+    def _refuse(self, ready: asyncio.Future[None], error: Exception) -> None:
+        while isinstance(error, ExceptionGroup):  # anyio's, around the one fault
+            error = error.exceptions[0]
+        _log.warning("server.failed", server=self.name, error=type(error).__name__)
+        if not ready.done():
+            is_clear = isinstance(error, ServerUnavailable)
+            ready.set_exception(
+                error if is_clear else ServerUnavailable(f"The tool server {self.name!r} does not start.")
+            )
 
-    async def _connect(self, connector: StdioConnector) -> Sequence[Tool]:
-        """Not connector.initialize(): that also lists resources and prompts, and one page of tools only."""
-        await connector.connect()
-        session = connector.client_session
-        if session is None:
-            raise ServerUnavailable
+    async def _greet(self, session: ClientSession) -> Sequence[Tool]:
+        """Initialize and list the tools, neither resources nor prompts."""
         await session.initialize()
-        connector._initialized = True  # noqa: SLF001  what connector.initialize() does
         tools: list[Tool] = []
         cursor: str | None = None
         while len(tools) <= _MAX_TOOLS:
             page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor))
             tools += page.tools
             cursor = page.nextCursor
-            if cursor is None:
+            if cursor is None and len(tools) <= _MAX_TOOLS:
                 return tools
         raise ServerUnavailable(f"The tool server {self.name!r} lists more than {_MAX_TOOLS} tools.")
+
+    def _permitting(self, session: ClientSession) -> CallbackClientSession:
+        """mcp-use's session with the inner enforcement layer in it, and nothing else of mcp-use."""
+        manager = MiddlewareManager()
+        manager._record_telemetry = False  # noqa: SLF001  there is no public switch for one manager
+        manager.add_middleware(PermitMiddleware(self.name))
+        return CallbackClientSession(session, self.name, manager)
 
     async def call(self, tool: str, arguments: Mapping[str, Any], *, timeout_s: float) -> CallToolResult:
         """Make one permitted call.
@@ -117,12 +119,14 @@ class LiveServer:
         Raises ToolTimedOut or ServerLost, and retires the server, since it may go on with what it was asked.
         A JSON-RPC error of the server comes back as a result with isError.
         """
-        if self._connector is None or not self.is_healthy:
+        session = self._session
+        if session is None or not self.is_healthy:
             raise ServerLost
         try:
             async with asyncio.timeout(timeout_s):
                 with permitted(Permit(self.name, tool, dict(arguments))):
-                    return await self._connector.call_tool(tool, dict(arguments))
+                    result: CallToolResult = await session.call_tool(tool, dict(arguments))
+                    return result
         except TimeoutError:
             self.retire()
             raise ToolTimedOut from None
@@ -134,13 +138,14 @@ class LiveServer:
                 self.retire()
                 raise ServerLost from None
             return CallToolResult(content=[TextContent(type="text", text=error.error.message)], isError=True)
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError, RuntimeError):
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError, ValidationError):
             self.retire()
             raise ServerLost from None
 
     async def close(self) -> None:
         """End the server and wait until it is gone."""
-        self.retire()
         self._stop.set()
         if self._owner is not None:
-            await asyncio.wait({self._owner}, timeout=2 * _CLOSE_S)
+            if self._session is None:  # still starting: it would wait for a server that may never answer
+                self._owner.cancel()
+            await asyncio.wait({self._owner}, timeout=_CLOSE_S)

@@ -1,6 +1,9 @@
-"""Publishes a policy: starts its servers, pins their tools, checks the rules against them, moves the pointer."""
+"""Prepares a policy for publishing: starts its servers, pins their tools, checks the rules against them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from anyio import to_thread
 
@@ -14,23 +17,34 @@ from app.policies.engine import PinnedTool, compile_policy
 from app.servers.tenant_servers import TenantServers
 
 
-async def publish(
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A version that may be made to hold, for as long as `replaces` still is what holds."""
+
+    version: int
+    tools: Sequence[PinnedTool]
+    replaces: int | None
+
+
+async def prepare(
     database: Database, servers: TenantServers, catalogue: ModelCatalogue, caller: Caller, version: int
-) -> None:
-    """Make a version hold. Raise NotFound, PolicyInvalid, ServerUnavailable or SandboxUnavailable.
+) -> Prepared:
+    """Check a version against its servers' tools. Raise NotFound, PolicyInvalid, PublishUnderWay, and what
+    starting a server raises.
 
     No session is held while the servers start; the version cannot change meanwhile, since versions never do.
     """
     async with database.transaction(caller.tenant_id) as session:
         text = (await versions.get(session, version)).document
+        replaces = await versions.published_version(session)
     document = await to_thread.run_sync(documents.parse, text)
     faults = catalogue.faults(document.model.use, document.model.name)
     if faults:
         raise PolicyInvalid(faults=faults)
-    tools = await _list_tools(servers, caller, document)
+    async with servers.listing(caller.tenant_id):
+        tools = await _list_tools(servers, caller, document)
     await to_thread.run_sync(compile_policy, document, tools)
-    async with database.transaction(caller.tenant_id) as session:
-        await versions.point(session, caller, version, tools)
+    return Prepared(version, tools, replaces)
 
 
 async def _list_tools(servers: TenantServers, caller: Caller, document: PolicyDocument) -> list[PinnedTool]:

@@ -16,7 +16,7 @@ from app.policies.document import FilesystemServer
 from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.sandbox.contract import Profile, Sandbox
-from app.servers.errors import ServerUnavailable
+from app.servers.errors import PublishUnderWay, ServerUnavailable
 from app.servers.filesystem import template as filesystem
 from app.servers.live import LiveServer
 from app.servers.pool import ServerKey, ServerPool
@@ -25,7 +25,7 @@ from app.tenants import repository as tenants
 from app.tenants.workspaces import WorkspaceStore
 
 # Servers that are started to list their tools, beside those of the pool: publishing must not flood the machine.
-_LISTED_AT_ONCE: Final = 2
+_LISTED_AT_ONCE: Final = 4
 
 
 class TenantServers:
@@ -47,7 +47,8 @@ class TenantServers:
         self._workspaces = workspaces
         self._logs = logs
         self._start_timeout_s = start_timeout_s
-        self._listing = asyncio.Semaphore(_LISTED_AT_ONCE)
+        self._places = asyncio.Semaphore(_LISTED_AT_ONCE)
+        self._listing: set[UUID] = set()
 
     @asynccontextmanager
     async def lend(self, tenant_id: UUID, policy: ActivePolicy, server: str) -> AsyncIterator[LiveServer]:
@@ -60,7 +61,7 @@ class TenantServers:
 
         async def start() -> LiveServer:
             live = await self._start(tenant_id, server, declared)
-            if _by_name(pin(server, live.tools)) != _by_name(policy.tools, server):
+            if _of(server, pin(server, live.tools)) != _of(server, policy.tools):
                 await live.close()
                 raise ServerUnavailable(f"The tools of {server!r} have changed since the policy was published.")
             return live
@@ -71,12 +72,23 @@ class TenantServers:
 
     async def list_tools(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> list[PinnedTool]:
         """The tools of a server that no published policy declares yet: started for that alone, a few at a time."""
-        async with self._listing:
+        async with self._places:
             live = await self._start(tenant_id, name, declared)
             try:
                 return pin(name, live.tools)
             finally:
                 await live.close()
+
+    @asynccontextmanager
+    async def listing(self, tenant_id: UUID) -> AsyncIterator[None]:
+        """One tenant's turn to list the tools of a policy; raise PublishUnderWay where it has one already."""
+        if tenant_id in self._listing:
+            raise PublishUnderWay
+        self._listing.add(tenant_id)
+        try:
+            yield
+        finally:
+            self._listing.discard(tenant_id)
 
     async def _start(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> LiveServer:
         launch = self._sandbox.launch(await self._profile(tenant_id, declared))
@@ -91,8 +103,9 @@ class TenantServers:
         return filesystem.profile(declared, workspace=workspace.resolve(), host_uid=uid)
 
 
-def _by_name(tools: Sequence[PinnedTool], server: str | None = None) -> dict[str, PinnedTool]:
-    return {tool.name: tool for tool in tools if server in (None, tool.server)}
+def _of(server: str, tools: Sequence[PinnedTool]) -> list[PinnedTool]:
+    """A server's tools in an order that the server does not choose."""
+    return sorted((tool for tool in tools if tool.server == server), key=lambda tool: tool.name)
 
 
 def pin(server: str, tools: Sequence[Tool]) -> list[PinnedTool]:

@@ -30,6 +30,8 @@ def configure(level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # As text, never with the local variables of its frames, which is where the secrets are.
+    shared.append(structlog.processors.format_exc_info)
     renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[*shared, renderer],

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_fastapi_instrumentator.metrics import Info
 
-REQUESTS: Final = Counter("mcp_requests_total", "Queries by user and by how they ended.", ["user", "status"])
+REQUESTS: Final = Counter(
+    "mcp_requests_total",
+    "Queries by user and by how they ended: a run's state or a problem's code.",
+    ["user", "status"],
+)
 REQUEST_SECONDS: Final = Histogram(
     "mcp_request_duration_seconds",
     "Time from a query's arrival to its answer, in seconds.",
@@ -23,3 +28,19 @@ SERVER_STARTS: Final = Counter(
 )
 RUNS_IN_FLIGHT: Final = Gauge("bulkhead_runs_in_flight", "Runs that this process executes now.")
 TOOL_CALLS: Final = Counter("bulkhead_tool_calls_total", "Tool calls by decision and outcome.", ["decision", "outcome"])
+_QUERIES: Final = frozenset({"/query", "/v1/query"})
+
+
+def count_query(info: Info) -> None:
+    """Count and time a query, whatever became of it: for the instrumentator, which sees every answer.
+
+    `status` is the run's state or, where no run was begun, the code of the problem.
+    """
+    if info.modified_handler not in _QUERIES or info.method != "POST":
+        return
+    request = info.request
+    with_users = request.app.state.settings.metrics_user_labels
+    user = getattr(request.state, "user_id", "unknown") if with_users else "all"
+    status = getattr(request.state, "run_state", None) or getattr(request.state, "problem", "internal")
+    REQUESTS.labels(user, status).inc()
+    REQUEST_SECONDS.observe(info.modified_duration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import NewType
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
@@ -16,6 +17,9 @@ from app.keyring import Keyring, Sealed, SecretKey
 from app.platform_db import PlatformDatabase
 from app.scopes import Role
 from app.tenants import keys, repository
+
+# A tenant that an admin of the platform may act for, on the record: made by `accessible` alone.
+AccessibleTenantID = NewType("AccessibleTenantID", UUID)
 
 
 class NameTaken(Conflict):
@@ -50,6 +54,20 @@ async def set_tenant_active(platform: PlatformDatabase, tenant_id: UUID, *, is_a
         before = await repository.set_tenant_status(session, tenant_id, status)
         event = Event(kind, actor_id=actor_id, data={"tenant_id": tenant_id, "before": before, "after": status})
         await _record_for_both(session, tenant_id, event)
+
+
+async def accessible(platform: PlatformDatabase, tenant_id: UUID, *, actor_id: UUID, action: str) -> AccessibleTenantID:
+    """Let an admin of the platform act for a tenant, on the platform's record first. Raise NotFound.
+
+    What is done then stands in the tenant's own record too, in the transaction that does it.
+    """
+    if tenant_id == PLATFORM_TENANT:
+        raise NotFound
+    acted = Event(EventType.PLATFORM_ACTED, actor_id=actor_id, data={"tenant_id": tenant_id, "action": action})
+    async with platform.transaction() as session:
+        await repository.get_tenant(session, tenant_id)
+        await audit.append(session, PLATFORM_TENANT, acted)
+    return AccessibleTenantID(tenant_id)
 
 
 async def _record_for_both(session: AsyncSession, tenant_id: UUID, event: Event) -> None:

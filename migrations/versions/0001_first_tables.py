@@ -63,6 +63,8 @@ begin
         first := (date_trunc('month', now() at time zone 'UTC') + make_interval(months => month))::date;
         partition := 'audit_events_' || to_char(first, 'YYYY_MM');
         if to_regclass('{schema}.' || partition) is null then
+            -- Its foreign key locks tenants, and all others lock tenants before events: the other order deadlocks.
+            lock table {schema}.tenants in share row exclusive mode;
             execute format(
                 'create table {schema}.%I partition of {schema}.audit_events for values from (%L) to (%L)',
                 partition, first::text || 'T00:00:00Z', (first + interval '1 month')::date::text || 'T00:00:00Z');

@@ -1,10 +1,11 @@
 """Attacks, run as a script: first bare, where each must succeed, then inside, where none may.
 
-    python attacks.py NAME GROUND [UID]
+    python attacks.py GROUND [KEY=VALUE]...
 
-GROUND is JSON: what there is to attack, and by what path. With UID, root becomes that user first. An attack
-returns when it has succeeded and raises OSError when it was refused. The script says "started" and then, in
-the first case, "succeeded"; a limit may end it in between.
+GROUND is JSON: what there is to attack, and by what path; in hexadecimal, since no backend may take its paths for
+paths inside. Each KEY=VALUE replaces one of its values; `uid` is whom root becomes first, `only` names the one attack
+to make. Each is made by a process of its own, which says "NAME started" and then "NAME succeeded" or "NAME refused";
+a limit may end it in between. An attack returns when it has succeeded and raises OSError when it was refused.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
-import mmap
 import os
 import pty
+import resource
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.sandbox import bombs
+else:
+    sys.path.append(str(Path(__file__).parent))  # inside it is run by `python -I`, which leaves that out
+    import bombs
 
 Ground = dict[str, Any]
-ATTACKS: dict[str, Callable[[Ground], object]] = {}
+ATTACKS: dict[str, Callable[[Ground], object]] = dict(bombs.BOMBS)
 libc = ctypes.CDLL(None, use_errno=True)
-MIB = 1 << 20
 # The same on every architecture from 424 on; the older ones by machine.
 _NUMBERS = {
     "x86_64": {"keyctl": 250, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "process_vm_readv": 310},
@@ -89,6 +94,32 @@ def read_through_a_hardlink(ground: Ground) -> None:
 
 
 @attack
+def change_the_mode_of_a_file_of_the_host(ground: Ground) -> None:
+    Path(ground["secret"]).chmod(0o644)
+
+
+@attack
+def change_the_times_of_a_file_of_the_host(ground: Ground) -> None:
+    os.utime(ground["secret"], (1, 1))
+
+
+@attack
+def truncate_a_file_of_the_host(ground: Ground) -> None:
+    os.truncate(ground["secret"], Path(ground["secret"]).stat().st_size)
+
+
+@attack
+def learn_that_a_file_of_the_host_exists(ground: Ground) -> None:
+    Path(ground["secret"]).stat()
+
+
+@attack
+def watch_another_tenants_folder(ground: Ground) -> None:
+    watch = checked(libc.inotify_init1(0))
+    checked(libc.inotify_add_watch(watch, str(Path(ground["secret"]).parent / "tenant-b").encode(), 0x100))
+
+
+@attack
 def read_through_the_root_of_a_host_process(ground: Ground) -> None:
     holds_nonce(Path(f"/proc/{ground['victim']}/root{ground['secret']}").read_bytes(), ground)
 
@@ -108,6 +139,16 @@ def make_a_read_only_file_writable_and_write(ground: Ground) -> None:
     manual = Path(ground["reference"], "manual.txt")
     manual.chmod(0o666)
     manual.write_text("x")
+
+
+@attack
+def change_the_mode_of_a_read_only_file(ground: Ground) -> None:
+    Path(ground["reference"], "manual.txt").chmod(0o600)
+
+
+@attack
+def truncate_a_read_only_file(ground: Ground) -> None:
+    os.truncate(Path(ground["reference"], "manual.txt"), 0)
 
 
 @attack
@@ -171,6 +212,21 @@ def see_a_host_process(ground: Ground) -> None:
 
 
 @attack
+def learn_that_a_host_process_exists(ground: Ground) -> None:
+    Path("/proc", str(ground["victim"])).stat()
+
+
+@attack
+def limit_a_host_process(ground: Ground) -> None:
+    resource.prlimit(ground["victim"], resource.RLIMIT_NOFILE, (8, 8))
+
+
+@attack
+def slow_a_host_process(ground: Ground) -> None:
+    os.setpriority(os.PRIO_PROCESS, ground["victim"], 5)
+
+
+@attack
 def signal_a_host_process(ground: Ground) -> None:
     os.kill(ground["victim"], signal.SIGCONT)
 
@@ -230,6 +286,12 @@ def connect_to_an_abstract_unix_socket(ground: Ground) -> None:
 @attack
 def connect_to_a_unix_socket_in_my_workspace(ground: Ground) -> None:
     socket.socket(socket.AF_UNIX).connect(ground["workspace"] + "/host.sock")
+
+
+@attack
+def send_a_datagram_to_a_unix_socket_in_my_workspace(ground: Ground) -> None:
+    # A pair is connected to itself; for datagrams, that keeps nobody from naming another address.
+    socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", ground["workspace"] + "/datagrams.sock")
 
 
 @attack
@@ -339,75 +401,6 @@ def turn_off_address_randomisation(ground: Ground) -> None:
     checked(libc.personality(0x0040000))
 
 
-# --- more than its share; every bomb is bounded
-
-
-@attack
-def fork_bomb(ground: Ground) -> None:
-    children = []
-    try:
-        for _ in range(100):
-            child = os.fork()
-            if child == 0:
-                time.sleep(10)
-                os._exit(0)
-            children.append(child)
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
-@attack
-def memory_bomb(ground: Ground) -> None:
-    with mmap.mmap(-1, 192 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        for offset in range(0, len(memory), mmap.PAGESIZE):
-            memory[offset] = 1
-
-
-@attack
-def write_one_big_file(ground: Ground) -> None:
-    with Path(ground["workspace"], "big").open("wb", buffering=0) as file:
-        try:
-            for _ in range(16):
-                if file.write(bytes(MIB)) < MIB:
-                    raise OSError("short write")
-        finally:
-            file.truncate(0)
-
-
-@attack
-def fill_tmp(ground: Ground) -> None:
-    _fill(Path(ground["tmp"]))
-
-
-@attack
-def fill_shared_memory(ground: Ground) -> None:
-    _fill(Path("/dev/shm"))  # noqa: S108  # it is what is attacked
-
-
-def _fill(folder: Path) -> None:
-    files = [folder / f"bulkhead-fill-{number}" for number in range(6)]
-    try:
-        for file in files:
-            file.write_bytes(bytes(4 * MIB))
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-
-
-@attack
-def open_many_files(ground: Ground) -> None:
-    numbers = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
-    os.closerange(numbers[0], numbers[-1] + 1)
-
-
-@attack
-def burn_the_processor(ground: Ground) -> None:
-    while time.process_time() < 1.2:
-        pass
-
-
 def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -415,18 +408,31 @@ def become(uid: int) -> None:
     libc.prctl(4, 1, 0, 0, 0)  # dumpable again, as a program that this user started would be
 
 
-def main() -> None:
-    name, ground, *uid = sys.argv[1:]
-    if uid:
-        "127.0.0.1".encode("idna")  # what is imported only when used must be there before the files are not
-        become(int(uid[0]))
-    os.write(1, b"started\n")
+def make(name: str, ground: Ground) -> None:
+    signal.alarm(10)
+    if "uid" in ground:
+        become(int(ground["uid"]))
+    os.write(1, f"{name} started\n".encode())
     try:
-        ATTACKS[name](json.loads(ground))
+        ATTACKS[name](ground)
     except (OSError, MemoryError) as refusal:
-        os.write(1, f"refused: {refusal!r}\n".encode())
+        os.write(1, f"{name} refused {refusal!r}\n".encode())
     else:
-        os.write(1, b"succeeded\n")
+        os.write(1, f"{name} succeeded\n".encode())
+
+
+def main() -> None:
+    text, *words = sys.argv[1:]
+    ground = json.loads(bytes.fromhex(text)) | dict(word.split("=", 1) for word in words)
+    "127.0.0.1".encode("idna")  # what is imported only when used must be there before the files are not
+    for name in [ground["only"]] if "only" in ground else ATTACKS:
+        child = os.fork()
+        if child == 0:
+            try:
+                make(name, ground)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,20 +33,26 @@ LIMITS = {
 
 @dataclass
 class Ground:
-    """`bare` is the ground by its paths on the host, `inside` the same by its paths in a sandbox."""
+    """`bare` is the ground by its paths on the host."""
 
     folder: Path
     bare: dict[str, Any]
     leaked_fd: int
-    proofs: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def inside(self) -> dict[str, Any]:
-        return self.bare | {"workspace": "/workspace", "reference": "/reference", "tmp": "/tmp"}  # noqa: S108  # inside
+    def arguments_bare(self) -> list[str]:
+        return [self._text(), *([f"uid={UID}"] if SERVICE_IS_ROOT else [])]
+
+    def arguments_inside(self) -> list[str]:
+        """What is given as KEY=VALUE are paths inside."""
+        return ["/opt/attacks.py", self._text(), "workspace=/workspace", "reference=/reference", "tmp=/tmp"]
+
+    def _text(self) -> str:
+        return json.dumps(self.bare).encode().hex()
 
     def mounts(self) -> list[tuple[str, str, bool]]:
         return [
             (str(self.folder / "attacks.py"), "/opt/attacks.py", False),
+            (str(self.folder / "bombs.py"), "/opt/bombs.py", False),
             (self.bare["workspace"], "/workspace", True),
             (self.bare["reference"], "/reference", False),
         ]
@@ -66,7 +72,8 @@ def prepared(folder: Path) -> Iterator[Ground]:
 
 
 def _plant(folder: Path, nonce: str) -> dict[str, str]:
-    shutil.copy(HERE / "attacks.py", folder)
+    for script in ("attacks.py", "bombs.py"):
+        shutil.copy(HERE / script, folder)
     files = {
         "secret.txt": nonce,
         "tenant-b/notes.txt": nonce,
@@ -88,7 +95,9 @@ def _plant(folder: Path, nonce: str) -> dict[str, str]:
 @contextlib.contextmanager
 def _victim(nonce: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process of the attacker's own user, outside, with a secret in its environment."""
-    process = subprocess.Popen([nonce, "120"], executable=shutil.which("sleep"), env={"SECRET": nonce}, **as_attacker())
+    process = subprocess.Popen(
+        [nonce, "1800"], executable=shutil.which("sleep"), env={"SECRET": nonce}, **as_attacker()
+    )
     try:
         yield process
     finally:
@@ -130,10 +139,19 @@ def _listeners(bare: dict[str, Any]) -> Iterator[dict[str, int]]:
             if family != socket.AF_UNIX:
                 ports[name] = listener.getsockname()[1]
         Path(path).chmod(0o777)
-        echo = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        echo.bind(("127.0.0.1", 0))
+        udp = stack.enter_context(_datagrams(socket.AF_INET, ("127.0.0.1", 0)))
+        path = bare["workspace"] + "/datagrams.sock"
+        stack.enter_context(_datagrams(socket.AF_UNIX, path))
+        Path(path).chmod(0o777)
+        yield {**ports, "udp": udp.getsockname()[1]}
+
+
+@contextlib.contextmanager
+def _datagrams(family: int, address: Any) -> Iterator[socket.socket]:
+    with socket.socket(family, socket.SOCK_DGRAM) as echo:
+        echo.bind(address)
         threading.Thread(target=_echo, args=(echo,), daemon=True).start()
-        yield {**ports, "udp": echo.getsockname()[1]}
+        yield echo
         # Wakes the thread for the last time: closing a socket does not.
         echo.sendto(b"", echo.getsockname())
 
@@ -143,7 +161,13 @@ def _echo(server: socket.socket) -> None:
         data, sender = server.recvfrom(16)
         if not data:
             return
-        server.sendto(data, sender)
+        if sender:
+            server.sendto(data, sender)
+
+
+def outcomes(output: str) -> dict[str, str]:
+    """What each attack said last: started, succeeded, or refused and why."""
+    return dict(line.split(" ", 1) for line in output.splitlines())
 
 
 Start = Callable[[dict[str, Any], tuple[int, ...]], subprocess.CompletedProcess[str]]

@@ -1,4 +1,7 @@
-"""A service that starts one program in a sandbox and lives until it is killed: python short_lived.py UID CODE NONCE."""
+"""A service that starts one program in a sandbox and lives until it is killed.
+
+python short_lived.py BACKEND UID CODE NONCE
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import subprocess
 import sys
 import time
 
-from app.sandbox import bubblewrap, runtimes
-from app.sandbox.contract import Profile
+from app.sandbox import bubblewrap, landlock, runtimes
+from app.sandbox.contract import Profile, Sandbox
 
-uid, code, nonce = sys.argv[1:]
+backend, uid, code, nonce = sys.argv[1:]
 python = runtimes.python()
-launch = bubblewrap.packaged().launch(
+sandbox: Sandbox = landlock.built_in() if backend == "landlock" else bubblewrap.packaged()
+launch = sandbox.launch(
     Profile(
         argv=(python.interpreter, "-I", "-c", code, nonce),
         host_uid=int(uid),

@@ -1,4 +1,4 @@
-"""Starts a sandbox from a service that runs as whoever runs this script: python start.py PROFILE, as JSON."""
+"""Starts a sandbox from a service that runs as whoever runs this script: python start.py ORDER, as JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from app.sandbox import bubblewrap, runtimes
-from app.sandbox.contract import Limits, Mount, Profile
+from app.sandbox import bubblewrap, landlock, runtimes
+from app.sandbox.contract import Limits, Mount, Profile, Sandbox
+
+
+def sandbox(name: str) -> Sandbox:
+    return landlock.built_in() if name == "landlock" else bubblewrap.packaged()
 
 
 def main() -> int:
@@ -25,7 +29,7 @@ def main() -> int:
         environment=python.environment,
         limits=Limits(**order["limits"]),
     )
-    launch = bubblewrap.packaged().launch(profile)
+    launch = sandbox(order["backend"]).launch(profile)
     return subprocess.run(launch.argv, env=launch.environment, close_fds=False, check=False).returncode
 
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -95,6 +96,14 @@ async def test_passes_on_the_remedy_of_a_missing_backend() -> None:
     assert result == Probe(ok=False, backend="missing", reason="no sandbox", remedy="get one")
 
 
+async def test_says_so_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    result = await probe(bubblewrap.packaged(), host_uid=UID)
+    assert result.reason == "there is no folder for temporary files"
+    assert "/tmp" in result.remedy  # noqa: S108  # what an operator is told
+
+
 async def test_shows_no_path_of_the_host_when_nothing_starts(tmp_path: Path) -> None:
     broken = dataclasses.replace(bubblewrap.packaged(), binary=tmp_path / "absent")
     result = await probe(broken, host_uid=UID)
@@ -115,10 +124,10 @@ async def test_shows_no_path_of_the_host_when_nothing_starts(tmp_path: Path) -> 
     ],
 )
 async def test_names_the_kernel_setting_to_change(tmp_path: Path, setting: str, forbids: str, remedy: str) -> None:
-    file = tmp_path / setting
-    file.parent.mkdir()
+    file = tmp_path / "sys" / setting
+    file.parent.mkdir(parents=True)
     file.write_text(f"{forbids}\n")
-    result = await probe(_Saying("import sys; sys.exit('no')"), host_uid=UID, kernel=tmp_path)
+    result = await probe(_Saying("import sys; sys.exit('no')"), host_uid=UID, proc=tmp_path)
     assert result.remedy == remedy
 
 

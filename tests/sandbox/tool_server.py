@@ -1,4 +1,7 @@
-"""A tool server on the MCP SDK that uses what such servers use: threads, a subprocess, files, the event loop."""
+"""A tool server on the MCP SDK that uses what such servers use: threads, a subprocess, files, the event loop.
+
+python tool_server.py WORKSPACE
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
 from mcp.types import TextContent, Tool
 
+NOTE = Path(sys.argv[1], "note.txt")
 server: Server[Any, Any] = Server("notes")
 
 
@@ -22,9 +26,9 @@ async def tools() -> list[Tool]:
 
 @server.call_tool()  # type: ignore[untyped-decorator]  # the SDK's decorators have no types
 async def call(_: str, arguments: dict[str, Any]) -> list[TextContent]:
-    await asyncio.to_thread(Path("/workspace/note.txt").write_text, arguments["text"])
+    await asyncio.to_thread(NOTE.write_text, arguments["text"])
     seen = subprocess.run(  # noqa: ASYNC221  # one more thing a server may do
-        [sys.executable, "-I", "-c", "print(open('/workspace/note.txt').read())"], capture_output=True, check=True
+        [sys.executable, "-I", "-c", f"print(open({str(NOTE)!r}).read())"], capture_output=True, check=True
     )
     return [TextContent(type="text", text=seen.stdout.decode().strip())]
 

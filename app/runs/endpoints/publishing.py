@@ -6,8 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 
+from app.auth import repository as credentials
 from app.auth.dependencies import TheDatabase, requires
 from app.caller import Caller
+from app.policies import versions
 from app.problems import responses
 from app.runs import repository
 from app.runs.state import StopCause
@@ -35,7 +37,7 @@ class PublishedOut(Answer):
 @router.post(
     "/v1/policies/{version}/publish",
     summary="Make a version hold",
-    responses=responses(401, 403, 404, 422, 503),
+    responses=responses(401, 403, 404, 409, 413, 422),
 )
 async def publish_policy(
     request: Request,
@@ -46,9 +48,12 @@ async def publish_policy(
 ) -> PublishedOut:
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
     servers: TenantServers = request.app.state.servers
-    await publishing.publish(database, servers, request.app.state.catalogue, caller, version)
-    revoked = 0
-    if body.revoke_running:
-        async with database.transaction(caller.tenant_id) as session:
-            revoked = await repository.order_cancel(session, StopCause.POLICY_REVOKED)
+    prepared = await publishing.prepare(database, servers, request.app.state.catalogue, caller, version)
+    async with database.transaction(caller.tenant_id) as session:
+        # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
+        await credentials.recheck(session, caller)
+        await versions.point(session, caller, version, prepared.tools, replaces=prepared.replaces)
+        revoked = 0
+        if body.revoke_running:
+            revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
     return PublishedOut(version=version, revoked_runs=revoked)

@@ -6,31 +6,23 @@ from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from pydantic import Field
 
-from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, ThePlatform, acting, paging, requires
 from app.caller import PLATFORM_TENANT, Caller
 from app.errors import Forbidden, NotFound
-from app.platform_db import PlatformDatabase
 from app.problems import responses
 from app.schemas import Answer, Body
 from app.scopes import Role, Scope
 from app.tenants import repository, service
+from app.tenants.service import AccessibleTenantID
 
 router = APIRouter(tags=["tenants and users"])
 TenantReader = Annotated[Caller, Depends(requires(Scope.TENANTS_READ))]
 TenantWriter = Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))]
 UserReader = Annotated[Caller, Depends(requires(Scope.USERS_READ))]
 UserWriter = Annotated[Caller, Depends(requires(Scope.USERS_WRITE))]
-
-
-async def _platform(request: Request) -> PlatformDatabase:
-    platform: PlatformDatabase = request.app.state.platform
-    return platform
-
-
-ThePlatform = Annotated[PlatformDatabase, Depends(_platform)]
 
 
 class TenantIn(Body):
@@ -81,7 +73,7 @@ class UsersOut(Answer):
     next_cursor: str | None
 
 
-@router.post("/v1/tenants", status_code=201, summary="Make a tenant", responses=responses(401, 403, 409, 422))
+@router.post("/v1/tenants", status_code=201, summary="Make a tenant", responses=responses(401, 403, 409, 413, 422))
 async def create_tenant(body: TenantIn, caller: TenantWriter, platform: ThePlatform, keyring: TheKeyring) -> TenantOut:
     """Its first admin is made at /v1/tenants/{tenant_id}/users."""
     tenant_id = await service.create_tenant(platform, keyring, slug=body.slug, actor_id=caller.user_id)
@@ -135,20 +127,20 @@ async def enable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlat
     "/v1/tenants/{tenant_id}/users",
     status_code=201,
     summary="Make a user of a tenant",
-    responses=responses(401, 403, 404, 409, 422),
+    responses=responses(401, 403, 404, 409, 413, 422),
 )
 async def create_tenant_user(
-    tenant_id: UUID,
+    tenant_id: Annotated[AccessibleTenantID, Depends(acting("user.create"))],
     body: UserIn,
     caller: TenantWriter,
     database: TheDatabase,
     keyring: TheKeyring,
 ) -> UserOut:
-    """Acting for the tenant: the event stands in its record, with the platform's admin as the actor."""
-    return await _create_user(database, keyring, _customer(tenant_id), body, caller)
+    """Acting for the tenant: on both records, with the platform's admin as the actor."""
+    return await _create_user(database, keyring, tenant_id, body, caller)
 
 
-@router.post("/v1/users", status_code=201, summary="Make a user", responses=responses(401, 403, 409, 422))
+@router.post("/v1/users", status_code=201, summary="Make a user", responses=responses(401, 403, 409, 413, 422))
 async def create_user(body: UserIn, caller: UserWriter, database: TheDatabase, keyring: TheKeyring) -> UserOut:
     """Of the caller's tenant; by an admin of the platform, another admin of the platform."""
     return await _create_user(database, keyring, caller.tenant_id, body, caller)

@@ -62,7 +62,7 @@ async def write_file(
     return FileOut.model_validate(file)
 
 
-@router.get("/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 422))
+@router.get("/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
 async def read_file(name: str, path: str, caller: Reader, store: TheStore) -> StreamingResponse:
     """As a download: never as something that a browser would run."""
     download = await store.read(caller.tenant_id, name, path=path)
@@ -83,7 +83,9 @@ async def list_files(
     return FilesOut(items=items, next_cursor=page.cursor_at(found.after) if found.after is not None else None)
 
 
-@router.delete("/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 422))
+@router.delete(
+    "/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 409, 422)
+)
 async def delete_file(
     request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore
 ) -> None:

@@ -1,0 +1,83 @@
+"""Listens on an address and serves an application there. Signals are left to whoever started the process."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.errors import ConfigurationError
+
+
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens, before anything else is started; raise ConfigurationError where it cannot.
+
+    Who connects before the application is there waits for it. Port 0 is any free one.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigurationError(
+                    f"Port {port} of {host} is in use. Stop what uses it, or set BULKHEAD_PORT to another."
+                ) from None
+            raise ConfigurationError(
+                f"Cannot listen on {host}, port {port}: {error.strerror}. Set BULKHEAD_HOST or BULKHEAD_PORT."
+            ) from None
+        yield listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where this machine reaches it; an address that stands for all of them is reached on loopback."""
+    name, port = listener.getsockname()[:2]
+    host = ipaddress.ip_address(name)
+    if host.is_unspecified:
+        host = ipaddress.ip_address("::1" if host.version == 6 else "127.0.0.1")
+    return f"http://[{host}]:{port}" if host.version == 6 else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def listening(
+    app: FastAPI, listener: socket.socket, *, drain_s: int | None = None
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Serve inside the block, without the lifespan; yields the task that serves.
+
+    Leaving the block waits for answers under way, for at most `drain_s` seconds.
+    """
+    server = _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # any caller on this machine could choose the address that the record names
+            timeout_graceful_shutdown=drain_s,
+        )
+    )
+    task = asyncio.create_task(server.serve([listener]))
+    try:
+        while not (server.started or task.done()):  # noqa: ASYNC110  uvicorn offers no event to wait for
+            await asyncio.sleep(0.01)
+        yield task
+    finally:
+        server.should_exit = True
+        await task

@@ -1,0 +1,260 @@
+"""What is measured: the service, and mcp-use bare, in processes of their own, asked the same questions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+import httpx
+import psutil
+
+from app.embedded.demo import ENV_FILE, read_env
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+BARE: Final = ("fresh", "live", "reused")
+BULKHEAD, FRESH, LIVE, REUSED = "bulkhead", *(f"mcp-use {variant}" for variant in BARE)
+_POLICY: Final = """\
+schema: bulkhead/1
+model: {use: default}
+instructions: You answer from the tenant's documents.
+limits: {max_steps: 8, timeout_s: 60, max_tool_calls: 10, requests: 900000/minute}
+input: {preset: balanced}
+servers:
+  docs: {template: filesystem, root: docs, readonly: true, max_file_size: 1MB, allowed_extensions: [.md, .txt]}
+tools:
+  allow: ["docs__*"]
+  deny: ["*__delete*"]
+  rules: |
+    @id("drafts-are-private")
+    forbid (principal, action == Action::"docs__read_file", resource)
+    when { context.arguments.path like "drafts/*" };
+"""
+_SERVER: Final = ("app/servers/filesystem/server.py", "app/tenants/beneath.py")
+# As the template `filesystem` starts it for this policy.
+_SERVER_FLAGS: Final = ("--readonly", "--max-file-size", "1048576", "--allowed-extensions", ".md,.txt")
+_PATIENCE_S: Final = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Files by name, each with a nonce of its own, so that only whoever read one can quote it."""
+
+    texts: Mapping[str, str] = field(
+        default_factory=lambda: {
+            f"note-{number}.md": f"# Note {number}\n\nThe word of note {number} is {secrets.token_hex(8)}.\n"
+            for number in range(50)
+        }
+    )
+
+    def names(self, count: int) -> list[str]:
+        """`count` names, in turn."""
+        return [f"note-{number % len(self.texts)}.md" for number in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer, and how long its asker waited for it (seconds)."""
+
+    wall_s: float
+    text: str
+
+
+class Subject(Protocol):
+    """One way of answering queries."""
+
+    name: str
+    process: psutil.Process
+
+    async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
+        """One query for each file, at most `concurrency` at a time; the answers in the same order."""
+
+    def journal(self) -> Counter[str]:
+        """How often the tool server says that it has read each file."""
+
+
+class Bare:
+    """A process of benchmarks.processes.mcp_use_bare."""
+
+    def __init__(self, variant: str, child: subprocess.Popen[str], journal: Path) -> None:
+        self.name = f"mcp-use {variant}"
+        self.process = psutil.Process(child.pid)
+        self._child = child
+        self._journal = journal
+
+    async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
+        """See Subject."""
+        order = {"queries": [_query(name) for name in names], "concurrency": concurrency}
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        print(json.dumps(order), file=self._child.stdin, flush=True)
+        line = await asyncio.to_thread(self._child.stdout.readline)
+        assert line, f"{self.name} has ended: {self._journal.read_text()[-2000:]}"
+        done = json.loads(line)
+        return [Answered(wall, text) for wall, text in zip(done["walls_s"], done["answers"], strict=True)]
+
+    def journal(self) -> Counter[str]:
+        """See Subject."""
+        return _read_journal(self._journal)
+
+
+class Bulkhead:
+    """A service that `bulkhead up` started, asked over HTTP from this process."""
+
+    name = BULKHEAD
+
+    def __init__(self, child: subprocess.Popen[str], data: Path) -> None:
+        self.process = psutil.Process(child.pid)
+        self._env = read_env(data / ENV_FILE)
+        self._journal = data / "servers" / self._env["BULKHEAD_DEMO_TENANT"] / "docs.stderr"
+
+    async def prepare(self, documents: Documents) -> None:
+        """Upload the documents and publish the benchmark's policy, as the demo tenant's admin."""
+        async with self._client("BULKHEAD_ADMIN_KEY") as admin:
+            for name, text in documents.texts.items():
+                _checked(await admin.put(f"/v1/workspaces/docs/files/{name}", content=text.encode()))
+            created = _checked(await admin.post("/v1/policies", content=_POLICY.encode()))
+            _checked(await admin.post(f"/v1/policies/{created.json()['version']}/publish", json={}))
+
+    async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
+        """See Subject."""
+        places = asyncio.Semaphore(concurrency)
+        async with self._client("BULKHEAD_API_KEY") as client:
+
+            async def ask(name: str) -> Answered:
+                async with places:
+                    started = time.perf_counter()
+                    response = await client.post("/query", json={"query": _query(name)})
+                    return Answered(time.perf_counter() - started, _answer_of(response))
+
+            return await asyncio.gather(*map(ask, names))
+
+    def journal(self) -> Counter[str]:
+        """See Subject."""
+        return _read_journal(self._journal.with_suffix(".stderr.1"), self._journal)
+
+    def _client(self, key: str) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {self._env[key]}"}
+        url = self._env["BULKHEAD_URL"]
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=_PATIENCE_S, trust_env=False)
+
+
+def _query(name: str) -> str:
+    return f"What does {name} say?"
+
+
+def _answer_of(response: httpx.Response) -> str:
+    assert response.status_code == httpx.codes.OK, response.text
+    run = response.json()
+    assert run["status"] == "succeeded", run
+    assert [call["decision"] for call in run["tool_calls"]] == ["allowed"], run
+    return str(run["answer"])
+
+
+def _read_journal(*paths: Path) -> Counter[str]:
+    lines = (line for path in paths if path.exists() for line in path.read_text().splitlines())
+    calls = (json.loads(line) for line in lines if line.startswith('{"seq"'))
+    return Counter(call["paths"][0] for call in calls if (call["tool"], call["outcome"]) == ("read_file", "ok"))
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    assert response.is_success, response.text
+    return response
+
+
+@contextmanager
+def _child(argv: Sequence[str], *, work: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process in a clean environment, its stderr in `log`; it ends with the block."""
+    own = {"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)}
+    with log.open("x") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, *argv],
+            cwd=work,
+            env=own | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    with child:  # closes the pipes, by which two of the three would end too
+        try:
+            yield child
+        finally:
+            _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    child.terminate()
+    try:
+        child.communicate(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
+
+@contextmanager
+def stub_model(work: Path) -> Iterator[str]:
+    """The model of everybody; its base URL."""
+    with _child(["-m", "benchmarks.processes.stub_model"], work=work, log=work / "model.log") as child:
+        assert child.stdout is not None
+        yield f"http://127.0.0.1:{int(child.stdout.readline())}/v1"
+
+
+@contextmanager
+def bare(variant: str, *, work: Path, model_url: str, documents: Documents) -> Iterator[Bare]:
+    """The very script that our sandbox runs, with the same flags, but bare."""
+    program, folder = work / variant / "program", work / variant / "documents"
+    for directory in (program, folder):
+        directory.mkdir(parents=True)
+    for source in _SERVER:
+        shutil.copy(ROOT / source, program)
+    for name, text in documents.texts.items():
+        (folder / name).write_text(text)
+    args = ["-I", str(program / "server.py"), "--root", str(folder), *_SERVER_FLAGS]
+    config = {"mcpServers": {"docs": {"command": sys.executable, "args": args}}}
+    argv = ["-m", "benchmarks.processes.mcp_use_bare", variant, model_url, json.dumps(config)]
+    journal = work / f"{variant}.log"
+    with _child(argv, work=work, log=journal) as child:
+        yield Bare(variant, child, journal)
+
+
+@contextmanager
+def bulkhead(*, work: Path, model_url: str, launch: Sequence[str] = ("-m", "app.cli", "up")) -> Iterator[Bulkhead]:
+    """Everything that `make up` starts, on an empty data directory; to be prepared before it is asked."""
+    data, log = work / "bulkhead", work / "bulkhead.log"
+    environment = {
+        "BULKHEAD_DATA_DIR": str(data),
+        "BULKHEAD_PORT": str(_free_port()),
+        "BULKHEAD_MODEL_BASE_URL": model_url,
+        "BULKHEAD_MODEL_API_KEY": "benchmark-needs-no-key",
+        "BULKHEAD_MODEL_NAMES": "stub",
+    }
+    with _child(launch, work=work, log=log, **environment) as child:
+        _await(child, data / ENV_FILE, log)
+        yield Bulkhead(child, data)
+
+
+def _await(child: subprocess.Popen[str], path: Path, log: Path) -> None:
+    """The demo's file is the last thing that a start writes."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not path.exists():
+        assert child.poll() is None, f"the service has ended: {log.read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"the service does not get ready: {log.read_text()[-2000:]}"
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,199 @@
+"""The other commands, beside a machine that runs and against databases that others provide."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app.db import DatabaseUrls
+from app.keyring import new_entry
+from tests.machine.machines import Machine, Up
+from tests.service import Databases, new_client
+
+pytestmark = pytest.mark.xdist_group("machine")
+
+
+async def test_the_printed_token_names_a_user_of_the_demo_to_the_service(running: Up) -> None:
+    token = (await running.machine.run("token", "kim")).output.strip()
+    async with new_client(running.machine.env["BULKHEAD_URL"], token) as caller:
+        me = (await caller.get("/v1/me")).json()
+    assert (me["tenant_id"], me["role"]) == (running.machine.env["BULKHEAD_DEMO_TENANT"], "user")
+
+
+async def test_a_second_start_on_the_same_directory_is_refused_and_the_first_goes_on(running: Up) -> None:
+    second = await running.machine.run("up")
+    assert second.status == 1
+    assert (
+        second.complaint == f"bulkhead: Bulkhead runs already on {running.machine.directory}: `make down` stops it.\n"
+    )
+    async with running.caller() as user:
+        assert (await user.get("/v1/me")).is_success
+
+
+async def test_metrics_answer_to_the_token_of_the_demo_alone(running: Up) -> None:
+    async with running.caller("BULKHEAD_METRICS_TOKEN") as scraper, running.caller() as user:
+        assert "mcp_requests_total" in (await scraper.get("/metrics")).text
+        assert (await user.get("/metrics")).status_code == 401
+
+
+async def test_serving_says_nothing_of_each_request(running: Up) -> None:
+    async with running.caller() as user:
+        assert (await user.ask("What does welcome.md say?")).is_success
+    assert running.complaint == ""
+
+
+async def test_a_busy_port_is_said_before_anything_is_started(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        up = await machine.run("up", PORT=str(port))
+    assert up.status == 1
+    assert up.complaint == (
+        f"bulkhead: Port {port} of 127.0.0.1 is in use. Stop what uses it, or set BULKHEAD_PORT to another.\n"
+    )
+    assert not (machine.directory / "postgres").exists()
+
+
+async def test_an_address_that_is_not_here_is_said(machine: Machine) -> None:
+    up = await machine.run("up", HOST="192.0.2.1")
+    assert up.status == 1
+    assert "Cannot listen on 192.0.2.1" in up.complaint
+    assert "Set BULKHEAD_HOST or BULKHEAD_PORT" in up.complaint
+
+
+async def test_a_reset_deletes_what_up_has_made(machine: Machine) -> None:
+    started = machine.spawn("up")
+    await started.says("Bulkhead starts")
+    await started.until((machine.directory / "platform.env").exists)
+    assert (await machine.run("reset", "--yes")).status == 0
+    assert await started.ended() == 0
+    assert not machine.directory.exists()
+    assert await machine.is_empty()
+
+
+async def test_neither_up_nor_reset_touches_a_directory_that_holds_what_is_not_ours(machine: Machine) -> None:
+    machine.directory.mkdir()
+    thesis = machine.directory / "thesis.txt"
+    thesis.write_text("years of work")
+    up, reset = await machine.run("up"), await machine.run("reset", "--yes")
+    assert (up.status, reset.status) == (1, 1)
+    assert "holds what Bulkhead did not make: set BULKHEAD_DATA_DIR" in up.complaint
+    assert "was not made by Bulkhead" in reset.complaint
+    assert list(machine.directory.iterdir()) == [thesis]
+
+
+async def test_a_directory_that_cannot_be_used_is_said(machine: Machine) -> None:
+    machine.directory.write_text("a file")
+    up = await machine.run("up")
+    assert up.status == 1
+    assert up.complaint.startswith(f"bulkhead: {machine.directory} cannot be used (File exists): set BULKHEAD_DATA_DIR")
+
+
+async def test_down_and_token_say_that_nothing_runs(machine: Machine) -> None:
+    assert (await machine.run("down")).output == f"Nothing runs on {machine.directory}.\n"
+    token = await machine.run("token")
+    assert (token.status, token.complaint) == (
+        1,
+        "bulkhead: The development issuer is part of the demo: `make up` starts it.\n",
+    )
+
+
+async def test_the_sandbox_is_probed_on_demand(machine: Machine) -> None:
+    assert (await machine.run("sandbox", "probe")).output == "bubblewrap: holds\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"PORT": "eighty"}, "BULKHEAD_PORT: Input should be a valid integer"),
+        ({"MODEL_TIMEOUT_S": "0"}, "BULKHEAD_MODEL_TIMEOUT_S: Input should be greater than 0"),
+        ({"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"}, "DATABASE_APP_URL and DATABASE_PLATFORM_URL"),
+        ({"ROOT_KEYS": "k1:hunter2"}, "Key 'k1' of the keyring is not 32 random bytes"),
+        ({}, "Set BULKHEAD_DATABASE_APP_URL and BULKHEAD_DATABASE_PLATFORM_URL"),
+    ],
+)
+async def test_a_setting_that_is_wrong_or_missing_is_named_without_its_value(
+    machine: Machine, settings: dict[str, str], said: str
+) -> None:
+    if "ROOT_KEYS" in settings:  # read after the others
+        unused = "postgresql+asyncpg://nobody@127.0.0.1:1/none"
+        settings |= {"DATABASE_APP_URL": unused, "DATABASE_PLATFORM_URL": unused, "MODEL_API_KEY": "any"}
+    serve = await machine.run("serve", **settings)
+    assert serve.status == 1
+    assert said in serve.complaint
+    assert serve.complaint.count("\n") == 1
+    assert "hunter2" not in serve.complaint
+
+
+def _external(urls: DatabaseUrls, **settings: str) -> dict[str, str]:
+    return {
+        "DATABASE_OWNER_URL": urls.owner or "",
+        "DATABASE_APP_URL": urls.app,
+        "DATABASE_PLATFORM_URL": urls.platform,
+        "ROOT_KEYS": new_entry("k1"),
+        **settings,
+    }
+
+
+async def test_an_external_database_is_set_up_once_and_served_with_a_model_only(
+    machine: Machine, databases: Databases
+) -> None:
+    machine.settings = _external(await asyncio.to_thread(databases))
+    assert "no admin yet" in (await machine.run("serve", MODEL_API_KEY="any")).complaint
+    first, second = await machine.run("admin", "bootstrap"), await machine.run("admin", "bootstrap")
+    assert (first.status, second.status) == (0, 1)
+    assert "has an admin already" in second.complaint
+    assert "BULKHEAD_MODEL_API_KEY" in (await machine.run("serve")).complaint
+
+    async with _served(machine) as url, new_client(url, first.output.strip()) as admin:
+        assert (await admin.get("/v1/me")).json()["role"] == "platform_admin"
+        assert (await admin.get("/readyz")).json()["ready"] is True
+    assert await machine.is_empty()
+
+
+@asynccontextmanager
+async def _served(machine: Machine) -> AsyncIterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve = machine.spawn("serve", MODEL_API_KEY="any", PORT=str(port))
+    await serve.until(lambda: "serving" in serve.complaint)
+    yield f"http://127.0.0.1:{port}"
+    assert await serve.interrupt() == 0
+
+
+async def test_a_database_of_another_version_is_left_alone(machine: Machine, databases: Databases) -> None:
+    urls = await asyncio.to_thread(databases)
+    engine = create_async_engine(urls.owner or "")
+    async with engine.begin() as connection:
+        await connection.execute(text("update alembic_version set version_num = 'from_tomorrow'"))
+    await engine.dispose()
+    machine.settings = _external(urls, MODEL_API_KEY="any")
+    for command in ("serve", "migrate"):
+        refused = await machine.run(command)
+        assert refused.status == 1
+        assert "from_tomorrow" in refused.complaint
+        assert "Traceback" not in refused.complaint
+
+
+async def test_a_database_that_does_not_answer_is_said_without_its_password(machine: Machine, tmp_path: Path) -> None:
+    url = f"postgresql+asyncpg://someone:hunter2@/bulkhead?host={tmp_path}"
+    machine.settings = _external(DatabaseUrls(url, url, url), MODEL_API_KEY="any")
+    for command in (("up",), ("admin", "bootstrap")):
+        refused = await machine.run(*command)
+        assert refused.status == 1
+        assert refused.complaint.startswith("bulkhead: The database cannot be used: ")
+        assert "hunter2" not in refused.complaint
+        assert "Traceback" not in refused.complaint
+
+
+async def test_the_sql_of_the_roles_is_printed_for_a_prefix(machine: Machine) -> None:
+    roles = await machine.run("db", "roles", "--prefix", "acme")
+    assert roles.status == 0
+    for purpose in ("owner", "app", "platform"):
+        assert f"CREATE ROLE acme_{purpose} LOGIN NOSUPERUSER NOBYPASSRLS" in roles.output

@@ -1,0 +1,64 @@
+"""The description of the API: written anew by `python -m tests.openapi`, compared by tests/test_openapi.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from app.db import DatabaseUrls
+from app.keyring import new_entry
+from app.main import create_app
+from app.sandbox.choice import ProbedSandbox
+from app.sandbox.probe import Probe
+from app.settings import Settings
+
+SNAPSHOT: Final = Path(__file__).with_suffix(".json")
+_NOWHERE: Final = "postgresql+asyncpg://nobody@127.0.0.1:1/none"
+
+
+def unconnected_app() -> FastAPI:
+    """The application with a database that is not there."""
+    settings = Settings(_env_file=None, root_keys=SecretStr(new_entry("k1")), model_api_key=SecretStr("none"))
+    sandbox = ProbedSandbox(None, Probe(ok=False, backend="none", reason="", remedy=""))
+    return create_app(settings, urls=DatabaseUrls(None, _NOWHERE, _NOWHERE), sandbox=sandbox)
+
+
+def described(app: FastAPI) -> str:
+    """The description as it is checked in."""
+    return json.dumps(app.openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+class Documented:
+    """A hook for clients: an answer with a status that its route does not declare fails the test that got it."""
+
+    def __init__(self, app: FastAPI) -> None:
+        paths: dict[str, dict[str, Any]] = app.openapi()["paths"]
+        self._operations = [
+            (re.compile(_pattern(path)), method.upper(), set(operation["responses"]))
+            for path, methods in paths.items()
+            for method, operation in methods.items()
+        ]
+
+    async def __call__(self, response: httpx.Response) -> None:
+        """Raise AssertionError."""
+        request = response.request
+        for pattern, method, declared in self._operations:
+            if method == request.method and pattern.fullmatch(request.url.path):
+                status = str(response.status_code)
+                assert status in declared, f"{method} {request.url.path} answered {status}, which is not documented"
+
+
+def _pattern(path: str) -> str:
+    """A file's path may have slashes; /query is another name of /v1/query."""
+    pattern = re.sub(r"{(\w+)}", lambda match: ".+" if match[1] == "path" else "[^/]+", path)
+    return f"(?:/v1)?{path.removeprefix('/v1')}" if path == "/v1/query" else pattern
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(described(unconnected_app()))
