@@ -8,11 +8,15 @@ import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import ConfigurationError
+
+_MAX_HEAD_BYTES: Final = 64 * 1024
 
 
 @contextmanager
@@ -47,6 +51,27 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if host.version == 6 else f"http://{host}:{port}"
 
 
+class BoundedHead(HttpToolsProtocol):
+    """Closes a connection whose request line and headers pass 64 KiB; httptools keeps whatever comes."""
+
+    _head_bytes: int | None = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The request's head is too large.")
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -64,6 +89,7 @@ async def listening(
     server = _Server(
         uvicorn.Config(
             app,
+            http=BoundedHead,
             lifespan="off",
             log_config=None,
             log_level="warning",

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr
 from sqlalchemy import text
@@ -22,6 +20,7 @@ from app.db import Database, DatabaseUrls, create_engine
 from app.embedded.bootstrap import bootstrap
 from app.embedded.machine import rehearsal
 from app.keyring import Keyring, new_entry
+from app.listening import bound, listening, url_of
 from app.main import create_app
 from app.outbound.catalogue import ModelEndpoint
 from app.sandbox.choice import choose
@@ -156,26 +155,6 @@ def new_client(url: str, key: str, check: Documented | None = None) -> Client:
     return Client(base_url=url, headers=headers, timeout=60, trust_env=False, limits=limits, event_hooks=hooks)
 
 
-class _Server(uvicorn.Server):
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self.serve([self._listener]))
-        while not self.started:  # noqa: ASYNC110  uvicorn offers no event to wait for
-            await asyncio.sleep(0.01)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.should_exit = True
-        await self._task
-
-    def capture_signals(self) -> Any:
-        """Signals belong to pytest."""
-        return nullcontext()
-
-    def on(self, listener: socket.socket) -> Self:
-        self._listener = listener
-        return self
-
-
 @asynccontextmanager
 async def running_service(
     databases: Databases, data_dir: Path, *, model: ModelEndpoint | None = None, **settings: Any
@@ -204,9 +183,9 @@ async def running_service(
         endpoint = await stack.enter_async_context(rehearsal())
         app = create_app(chosen, urls=urls, sandbox=await choose(chosen.sandbox), rehearsal=endpoint)
         await stack.enter_async_context(app.router.lifespan_context(app))
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
-        server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)).on(listener)
-        await stack.enter_async_context(server)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener = stack.enter_context(bound("127.0.0.1", 0))
+        await stack.enter_async_context(listening(app, listener))
+        stack.push_async_callback(app.state.runs.close)  # before the connections that wait for their answers
+        url = url_of(listener)
         platform = await stack.enter_async_context(new_client(url, platform_key.text, Documented(app)))
         yield Service(url, app, data_dir, urls, platform, token, stack)
