@@ -26,7 +26,8 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
     Who connects before the application is there waits for it. Port 0 is any free one.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # With its protocol named, else asyncio's own loop leaves Nagle's algorithm on: 40 ms an answer.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))

@@ -126,6 +126,7 @@ def _build_servers(settings: Settings, database: Database, sandbox: ProbedSandbo
     data_dir = settings.data_dir.resolve()
     workspaces = WorkspaceStore(
         data_dir / "workspaces",
+        max_workspaces=settings.workspaces_max,
         max_file_bytes=settings.workspace_max_file_bytes,
         max_total_bytes=settings.workspace_max_bytes,
         max_files=settings.workspace_max_files,

@@ -39,7 +39,7 @@ class Scope(StrEnum):
     TENANTS_WRITE = "tenants:write"
 
 
-_USER: Final = frozenset({Scope.RUNS_CREATE, Scope.RUNS_READ, Scope.WORKSPACES_READ})
+_USER: Final = frozenset({Scope.RUNS_CREATE, Scope.RUNS_READ})
 _AUDITOR: Final = frozenset(
     {
         Scope.RUNS_READ,
@@ -58,6 +58,7 @@ _TENANT_ADMIN: Final = (
         Scope.RUNS_CANCEL_ALL,
         Scope.POLICIES_WRITE,
         Scope.POLICIES_PUBLISH,
+        Scope.WORKSPACES_READ,
         Scope.WORKSPACES_WRITE,
         Scope.USERS_WRITE,
         Scope.KEYS_WRITE,

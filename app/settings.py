@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     server_start_timeout_s: Annotated[float, Field(gt=0)] = 20
     tool_timeout_s: Annotated[float, Field(gt=0)] = 30
 
+    workspaces_max: Annotated[int, Field(ge=1)] = 20
     workspace_max_file_bytes: Annotated[int, Field(ge=1)] = 10_000_000
     workspace_max_bytes: Annotated[int, Field(ge=1)] = 1_000_000_000
     workspace_max_files: Annotated[int, Field(ge=1)] = 10_000

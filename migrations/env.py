@@ -41,9 +41,7 @@ def _owner_url() -> str:
     """Take the URLs that the caller gave, else the settings'; the roles' names come from the URLs."""
     urls: DatabaseUrls | None = context.config.attributes.get("urls") or database_urls(Settings())
     if urls is None or urls.owner is None:
-        raise SystemExit(
-            "Set BULKHEAD_DATABASE_OWNER_URL, _APP_URL and _PLATFORM_URL: migrations run as the owner."
-        )
+        raise SystemExit("Set BULKHEAD_DATABASE_OWNER_URL, _APP_URL and _PLATFORM_URL: migrations run as the owner.")
     context.config.attributes |= {"app_role": urls.app_role, "platform_role": urls.platform_role}
     return urls.owner
 

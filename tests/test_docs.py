@@ -202,6 +202,7 @@ async def _do_everything(service: Service, tenant: Tenant) -> None:
     """One thing at least for each type of event."""
     admin, base = tenant.admin, f"/v1/tenants/{tenant.id}"
     await tenant.user.ask("What does note.md say?")
+    await admin.get("/v1/workspaces/docs/files/note.md")
     await admin.delete("/v1/workspaces/docs/files/old.md")
     issuer = DevelopmentIssuer(service.data_dir / "issuer.pem", issuer="https://issuer.example")
     registered = await admin.make("/v1/issuers", json={"issuer": issuer.issuer, "jwks": issuer.public_jwks()})

@@ -33,6 +33,7 @@ class EventType(StrEnum):
     POLICY_PUBLISHED = "policy.published"
     SWITCH_ENGAGED = "switch.engaged"
     SWITCH_LIFTED = "switch.lifted"
+    WORKSPACE_FILE_READ = "workspace.file_read"
     WORKSPACE_FILE_WRITTEN = "workspace.file_written"
     WORKSPACE_FILE_DELETED = "workspace.file_deleted"
     RATE_LIMITED = "rate_limit.exceeded"

@@ -10,14 +10,19 @@ from app.policies.decision import BuiltIn, Denial
 
 MAX_DEPTH: Final = 16
 MAX_VALUES: Final = 2_000
-MAX_CHARACTERS: Final = 1_000_000
+# Of text, in UTF-8: Cedar takes its time for what is not ASCII, also where no rule reads it.
+MAX_BYTES: Final = 1_000_000
+# Characters that rules go over, each of them each time: 0.1 s at most.
+MAX_READING: Final = 50_000_000
+_VALUE_AS_CHARACTERS: Final = 32
 LONG_MIN: Final = -(2**63)
 LONG_MAX: Final = 2**63 - 1
 
 _TOO_MUCH: Final = Denial(
     BuiltIn.ARGUMENT_LIMITS,
-    f"The arguments pass {MAX_DEPTH} levels, {MAX_VALUES} values or {MAX_CHARACTERS} characters.",
+    f"The arguments pass {MAX_DEPTH} levels, {MAX_VALUES} values or {MAX_BYTES} bytes.",
 )
+_TOO_MUCH_TO_READ: Final = Denial(BuiltIn.ARGUMENT_LIMITS, "The arguments are too long for the rules that read them.")
 # Cedar reads {"__entity": ...} and {"__extn": ...} inside JSON as references to what they name.
 _RESERVED: Final = Denial(BuiltIn.RESERVED_KEY, "Keys that start with '__' are refused in arguments.")
 _NOT_TEXT: Final = Denial(BuiltIn.UNREPRESENTABLE, "The arguments hold text that is not valid Unicode.")
@@ -28,13 +33,13 @@ _NUMBER: Final = Denial(BuiltIn.UNREPRESENTABLE, "The arguments hold a number th
 def check_arguments(arguments: Mapping[str, Any]) -> Denial | None:
     """What speaks against these arguments, whatever the tool; it takes bounded time and no recursion."""
     pending: list[tuple[object, int]] = [(arguments, 1)]
-    values = characters = 0
+    values = size = 0
     while pending:
         value, depth = pending.pop()
         values += 1
         if isinstance(value, str):
-            characters += len(value)
-        if depth > MAX_DEPTH or values > MAX_VALUES or characters > MAX_CHARACTERS:
+            size += _bytes(value)
+        if depth > MAX_DEPTH or values > MAX_VALUES or size > MAX_BYTES:
             return _TOO_MUCH
         if denial := _check_value(value):
             return denial
@@ -42,6 +47,22 @@ def check_arguments(arguments: Mapping[str, Any]) -> Denial | None:
             return _TOO_MUCH
         pending += [(child, depth + 1) for child in _children(value)]
     return None
+
+
+def check_reading(arguments: Mapping[str, Any], costs: Mapping[str, int]) -> Denial | None:
+    """What speaks against these arguments where rules go over each of them as often as `costs` says."""
+    reading = sum(times * _size(arguments[name]) for name, times in costs.items() if name in arguments)
+    return _TOO_MUCH_TO_READ if reading > MAX_READING else None
+
+
+def _size(value: object) -> int:
+    """In characters: about what it takes Cedar to go over a value once."""
+    pending, size = [value], 0
+    while pending:
+        value = pending.pop()
+        size += _VALUE_AS_CHARACTERS + (len(value) if isinstance(value, str) else 0)
+        pending += _children(value)
+    return size
 
 
 def _check_value(value: object) -> Denial | None:
@@ -73,5 +94,13 @@ def _children(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
 def _is_unicode(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,9 +13,9 @@ import cedarpy
 
 from app.errors import Fault
 from app.policies import rules as cedar_rules
-from app.policies.arguments import check_arguments
+from app.policies.arguments import check_arguments, check_reading
 from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of, schema_of
-from app.policies.decision import BuiltIn, Decision
+from app.policies.decision import BuiltIn, Decision, Denial
 from app.policies.document import PolicyDocument, PolicyInvalid
 from app.policies.patterns import matching
 from app.policies.rules import Rule
@@ -53,6 +53,7 @@ class _Tool:
     schema: ArgumentSchema
     arguments: Record
     hidden_by: str | None
+    reading_costs: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class CompiledPolicy:
             return Decision.deny(BuiltIn.UNKNOWN_TOOL, "There is no tool of that name.")
         if tool.hidden_by is not None:
             return Decision.deny(tool.hidden_by, "The policy denies every use of this tool.")
-        if denial := check_arguments(request.arguments) or tool.schema.check(request.arguments):
+        if denial := _check(tool, request.arguments):
             return Decision.deny(denial.rule, denial.reason)
         try:
             arguments = project(request.arguments, tool.arguments)
@@ -99,6 +100,10 @@ class CompiledPolicy:
         except ValueError:
             return _policy_error()
         return _verdict(answer)
+
+
+def _check(tool: _Tool, arguments: Mapping[str, Any]) -> Denial | None:
+    return check_arguments(arguments) or tool.schema.check(arguments) or check_reading(arguments, tool.reading_costs)
 
 
 def _verdict(answer: cedarpy.AuthzResult) -> Decision:
@@ -131,10 +136,14 @@ def compile_policy(document: PolicyDocument, tools: Sequence[PinnedTool]) -> Com
         raise PolicyInvalid(faults=faults)
     # Without rules nothing reads the arguments, so no argument need be representable.
     records = {name: record_of(schema) if written else Record() for name, (schema, _) in schemas.items()}
-    schema = _cedar_schema(document, [Action(tool.name, tool.server, records[tool.name]) for tool in tools], written)
+    actions = [Action(tool.name, tool.server, records[tool.name]) for tool in tools]
+    schema = _cedar_schema(document, actions, written)
+    reading_costs = cedar_rules.reading_costs(written, actions)
     return CompiledPolicy(
         {
-            tool.name: _Tool(tool, schemas[tool.name][1], records[tool.name], _hidden_by(tool, rules))
+            tool.name: _Tool(
+                tool, schemas[tool.name][1], records[tool.name], _hidden_by(tool, rules), reading_costs[tool.name]
+            )
             for tool in sorted(tools, key=lambda tool: tool.name)
         },
         _policy_set(rules),

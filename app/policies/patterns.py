@@ -11,12 +11,16 @@ import re2
 
 MAX_PATTERN_LENGTH: Final = 500
 # RE2's default of 8 MiB a pattern would let one policy's hundred patterns hold 800 MiB.
-_MAX_MEMORY_BYTES: Final = 1 << 20
+_MAX_MEMORY_BYTES: Final = 1 << 18
 _GLOB: Final = re.compile(r"[A-Za-z0-9_*-]{1,64}")
 
 
 class Pattern(Protocol):
     """The part of a compiled RE2 expression that we use."""
+
+    @property
+    def programsize(self) -> int:
+        """Instructions: where its memory is used up, RE2 tries each of them at each byte of the text."""
 
     def search(self, text: str) -> object | None: ...
 
@@ -31,6 +35,7 @@ def compile_pattern(pattern: str) -> Pattern:
     options = re2.Options()
     options.log_errors = False
     options.max_mem = _MAX_MEMORY_BYTES
+    options.never_capture = True
     try:
         return cast("Pattern", re2.compile(pattern, options))
     except re2.error as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ WHERE: Final = "/tools/rules"
 MAX_RULES: Final = 500
 MAX_NESTING: Final = 20
 MAX_RULE_LENGTH: Final = 3_000
+# Two texts of a rule may be matched against each other; all of them together are bounded by the document's bound.
+MAX_TEXT_LENGTH: Final = 500
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n\r]*', re.DOTALL)
@@ -82,6 +84,8 @@ def read(text: str) -> list[Rule]:
 
 def _check_shape(text: str) -> None:
     """Cedar's parser is recursive and native: 700 open brackets overflow its stack and end the process."""
+    if any(len(part) > MAX_TEXT_LENGTH for part in _TEXT_OR_COMMENT.findall(text) if part.startswith('"')):
+        raise Unparsable(f"A text in quotes is longer than {MAX_TEXT_LENGTH} characters.")
     bare = _TEXT_OR_COMMENT.sub("", text)
     depth = 0
     for character in bare:
@@ -179,12 +183,51 @@ def _find(action: Action, path: Sequence[str]) -> Kind | None:
     return kind
 
 
+def reading_costs(rules: Iterable[Rule], actions: Sequence[Action]) -> dict[str, Counter[str]]:
+    """How often the rules on each tool go over each of its arguments.
+
+    It is once a reading, and once more for each character that a `like` looks for there. What reads the arguments
+    as a whole reads each of them.
+    """
+    costs: dict[str, Counter[str]] = {action.name: Counter() for action in actions}
+    for rule in rules:
+        readings = list(_readings(rule.statement["conditions"]))
+        for action in actions if readings else ():
+            if rule.covers(action.name, action.server):
+                for path, times in readings:
+                    costs[action.name].update(dict.fromkeys(path[1:2] or action.arguments.attributes, times))
+    return costs
+
+
+def _readings(tree: Any) -> Iterator[tuple[list[str], int]]:
+    """The paths below `context` whose values are looked at, and how often."""
+    pending: list[tuple[Any, int]] = [(tree, 1)]
+    while pending:
+        node, times = pending.pop()
+        if isinstance(node, dict):
+            if (path := _path(node)) is not None:
+                if path[:1] not in (["user"], ["role"]):
+                    yield path, times
+            elif "like" in node:
+                pending.append((node["like"]["left"], times + _literal_characters(node["like"]["pattern"])))
+            elif "has" not in node or _path(node["has"]["left"]) is None:
+                pending += [(child, times) for child in node.values()]
+        elif isinstance(node, list):
+            pending += [(child, times) for child in node]
+
+
+def _literal_characters(pattern: Iterable[Any]) -> int:
+    """The characters of a pattern as Cedar's JSON spells it: a list of "Wildcard" and {"Literal": ...}."""
+    return sum(len(part["Literal"]) for part in pattern if part != "Wildcard")
+
+
 def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
     pending = [tree]
     while pending:
         node = pending.pop()
         if isinstance(node, dict):
             yield node
-            pending += node.values()
+            # A record has keys of the author's, which are no operators; it is refused as it is.
+            pending += () if "Record" in node else node.values()
         elif isinstance(node, list):
             pending += node

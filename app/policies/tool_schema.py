@@ -160,13 +160,17 @@ _STEPS_LEFT: Final[ContextVar[int]] = ContextVar("steps_left")
 
 def _counted(keyword: Keyword) -> Keyword:
     def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[jsonschema.ValidationError] | None:
-        left = _STEPS_LEFT.get() - _weight(value) - _weight(instance)
-        if left < 0:
-            raise _TooManySteps
-        _STEPS_LEFT.set(left)
+        _spend(_weight(value) + _weight(instance))
         return keyword(validator, value, instance, schema)
 
     return check
+
+
+def _spend(steps: int) -> None:
+    left = _STEPS_LEFT.get() - steps
+    if left < 0:
+        raise _TooManySteps
+    _STEPS_LEFT.set(left)
 
 
 def _weight(value: object) -> int:
@@ -176,8 +180,12 @@ def _weight(value: object) -> int:
 
 
 def _pattern(_: Any, pattern: str, instance: object, __: Any) -> Iterator[jsonschema.ValidationError]:
-    if isinstance(instance, str) and not compile_pattern(pattern).search(instance):
-        yield jsonschema.ValidationError("does not match")
+    if isinstance(instance, str):
+        compiled = compile_pattern(pattern)
+        # At worst RE2 tries each instruction at each character, which takes some nanoseconds.
+        _spend(compiled.programsize * len(instance) // 512)
+        if not compiled.search(instance):
+            yield jsonschema.ValidationError("does not match")
 
 
 def _unique(_: Any, wanted: object, instance: object, __: Any) -> Iterator[jsonschema.ValidationError]:

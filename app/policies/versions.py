@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 from anyio import to_thread
 from sqlalchemy import func, insert, select
@@ -29,15 +31,21 @@ _MAX_CACHED: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """A version as its readers see it."""
+class VersionHead:
+    """A version as lists show it."""
 
     version: int
-    document: str
     digest: str
     created_by: UUID
     created_at: datetime
     is_published: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Version(VersionHead):
+    """A version with its document, as its author wrote it."""
+
+    document: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +81,17 @@ async def get(session: AsyncSession, version: int) -> Version:
     row = await session.scalar(select(PolicyVersion).where(PolicyVersion.version == version))
     if row is None:
         raise NotFound
-    return _version(row, await published_version(session))
+    is_published = row.version == await published_version(session)
+    return Version(row.version, row.digest, row.created_by, row.created_at, is_published, row.document)
 
 
-async def page(session: AsyncSession, *, before: int | None, limit: int) -> Sequence[Version]:
-    """The newest first."""
-    query = select(PolicyVersion).order_by(PolicyVersion.version.desc()).limit(limit)
-    rows = await session.scalars(query if before is None else query.where(PolicyVersion.version < before))
+async def page(session: AsyncSession, *, before: int | None, limit: int) -> Sequence[VersionHead]:
+    """The newest first, without reading their documents."""
+    columns = (PolicyVersion.version, PolicyVersion.digest, PolicyVersion.created_by, PolicyVersion.created_at)
+    query = select(*columns).order_by(PolicyVersion.version.desc()).limit(limit)
+    rows = await session.execute(query if before is None else query.where(PolicyVersion.version < before))
     published = await published_version(session)
-    return [_version(row, published) for row in rows.all()]
-
-
-def _version(row: PolicyVersion, published: int | None) -> Version:
-    return Version(
-        row.version, row.document, row.digest, row.created_by, row.created_at, is_published=row.version == published
-    )
+    return [VersionHead(*row, is_published=row.version == published) for row in rows.all()]
 
 
 async def published_version(session: AsyncSession) -> int | None:
@@ -124,43 +128,81 @@ async def point(
     await audit.append(session, caller.tenant_id, Event(EventType.POLICY_PUBLISHED, actor_id=caller.user_id, data=data))
 
 
-async def read_active(session: AsyncSession) -> ActivePolicy | None:
-    """Parse and compile what is published; raise PolicyInvalid where it can no longer be read."""
-    query = select(PublishedPolicy.version, PublishedPolicy.pinned_tools, PolicyVersion.document).join(
-        PolicyVersion, PolicyVersion.version == PublishedPolicy.version
-    )
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What the pointer names, as it was read."""
+
+    version: int
+    published_at: datetime
+    document: str
+    tools: list[dict[str, Any]]
+
+    def compiled(self) -> ActivePolicy:
+        """Raise PolicyInvalid where it can no longer be read. It takes up to seconds, which are a thread's."""
+        tools = tuple(_from_json(tool) for tool in self.tools)
+        document = documents.parse(self.document)
+        return ActivePolicy(self.version, document, compile_policy(document, tools), tools)
+
+
+async def _read_published(session: AsyncSession) -> _Published | None:
+    query = select(
+        PublishedPolicy.version, PublishedPolicy.published_at, PolicyVersion.document, PublishedPolicy.pinned_tools
+    ).join(PolicyVersion, PolicyVersion.version == PublishedPolicy.version)
     row = (await session.execute(query)).one_or_none()
-    if row is None:
-        return None
-    tools = tuple(_from_json(tool) for tool in row.pinned_tools)
-    # Compiling a large policy takes seconds, which are not the event loop's.
-    document = await to_thread.run_sync(documents.parse, row.document)
-    compiled = await to_thread.run_sync(compile_policy, document, tools)
-    return ActivePolicy(row.version, document, compiled, tools)
+    return None if row is None else _Published(*row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A policy, the publishing that it is of, and a generation that it was read in or after."""
+
+    generation: int
+    stamp: tuple[int, datetime] | None
+    active: ActivePolicy | None
 
 
 class PolicyCache:
-    """Active policies by tenant, each valid for exactly one generation of its tenant.
+    """Active policies by tenant, each valid until the generation of its tenant changes.
 
-    The generation is read with every request's credential, so that nothing here can outlive a change.
+    The generation is read with every request's credential, so that nothing here can outlive a change. Much that
+    changes it is no publishing; then the compiled policy stays.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._active: OrderedDict[UUID, tuple[int, ActivePolicy | None]] = OrderedDict()
+        self._cached: OrderedDict[UUID, _Cached] = OrderedDict()
+        self._locks: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
     async def current(self, tenant_id: UUID, generation: int) -> ActivePolicy | None:
-        """The tenant's active policy, or None where nothing is published."""
-        cached = self._active.get(tenant_id)
-        if cached is not None and cached[0] == generation:
-            self._active.move_to_end(tenant_id)
-            return cached[1]
+        """The tenant's active policy, or None where nothing is published; compiled once for all who wait for it."""
+        if (cached := self._fresh(tenant_id, generation)) is None:
+            lock = self._locks.setdefault(tenant_id, asyncio.Lock())
+            async with lock:
+                cached = self._fresh(tenant_id, generation) or await self._refresh(tenant_id, generation)
+        return cached.active
+
+    def _fresh(self, tenant_id: UUID, generation: int) -> _Cached | None:
+        cached = self._cached.get(tenant_id)
+        if cached is None or cached.generation < generation:
+            return None
+        self._cached.move_to_end(tenant_id)
+        return cached
+
+    async def _refresh(self, tenant_id: UUID, generation: int) -> _Cached:
+        """No session is held while a policy is compiled."""
         async with self._database.transaction(tenant_id) as session:
-            active = await read_active(session)
-        self._active[tenant_id] = (generation, active)
-        if len(self._active) > _MAX_CACHED:
-            self._active.popitem(last=False)
-        return active
+            published = await _read_published(session)
+        stamp = (published.version, published.published_at) if published else None
+        before = self._cached.get(tenant_id)
+        if before is not None and before.stamp == stamp:
+            active = before.active
+        else:
+            active = await to_thread.run_sync(published.compiled) if published else None
+        self._cached[tenant_id] = cached = _Cached(generation, stamp, active)
+        self._cached.move_to_end(tenant_id)
+        if len(self._cached) > _MAX_CACHED:
+            self._cached.popitem(last=False)
+        return cached
 
 
 def _to_json(tool: PinnedTool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The private attributes of mcp-use and langchain-openai used here are pinned by t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx
 import openai
@@ -37,16 +37,24 @@ _DEFAULT_INSTRUCTIONS: Final = "Answer the user's question. Use the tools where 
 class GovernedChat(ChatOpenAI):
     """A chat model whose every turn is counted against the run and whose every fault ends it clearly."""
 
-    _bound: dict[tuple[int, ...], Runnable[LanguageModelInput, AIMessage]] = PrivateAttr(default_factory=dict)
-    _bound_tools: list[Sequence[Any]] = PrivateAttr(default_factory=list)
+    _bound: dict[tuple[int, ...], tuple[Sequence[Any], Runnable[LanguageModelInput, AIMessage]]] | None = PrivateAttr(
+        default=None
+    )
+
+    def for_one_agent(self) -> Self:
+        """The same model with a memory of bound tools, which are the agent's and so must go when it goes."""
+        own = self.model_copy()
+        own._bound = {}  # noqa: SLF001  a copy of ours
+        return own
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
-        """Convert the tools' schemas once for the same tools, not on every turn."""
+        """Convert the tools' schemas once for the same tools of an agent, not on every turn."""
+        if self._bound is None:
+            return super().bind_tools(tools, **kwargs)
         key = (*map(id, tools), hash(repr(kwargs)))
         if key not in self._bound:
-            self._bound_tools.append(tools)  # keeps the ids valid
-            self._bound[key] = super().bind_tools(tools, **kwargs)
-        return self._bound[key]
+            self._bound[key] = (tools, super().bind_tools(tools, **kwargs))  # with the tools, to keep the ids valid
+        return self._bound[key][1]
 
     async def _agenerate(
         self,
@@ -125,7 +133,9 @@ class GovernedAgent(MCPAgent):
 
     def __init__(self, llm: GovernedChat, *, gate: Gate, tools: Sequence[PinnedTool], instructions: str) -> None:
         # A client without servers: live servers are lent to the gate, never to the agent.
-        super().__init__(llm=llm, client=MCPClient({"mcpServers": {}}), memory_enabled=False, callbacks=[])
+        super().__init__(
+            llm=llm.for_one_agent(), client=MCPClient({"mcpServers": {}}), memory_enabled=False, callbacks=[]
+        )
         self._gate = gate
         self._tools = [_offered(tool) for tool in tools]
         self._system_message = SystemMessage(content=instructions or _DEFAULT_INSTRUCTIONS)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Final
+
 import httpx
 
 from app.outbound.catalogue import ModelCatalogue
 from app.runs.agent import GovernedChat
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 
+# Tenants choose the temperature.
+_MAX_CHATS: Final = 100
+
 
 class Chats:
-    """Builds chat models over one outbound client and keeps them: their set-up costs more than a turn."""
+    """Builds chat models over one outbound client and keeps the latest used: their set-up costs more than a turn."""
 
     def __init__(self, catalogue: ModelCatalogue, client: httpx.AsyncClient, *, timeout_s: float, retries: int) -> None:
         self._catalogue = catalogue
         self._client = client
         self._timeout_s = timeout_s
         self._retries = retries
-        self._chats: dict[tuple[str, str | None, float], GovernedChat] = {}
+        self._chats: OrderedDict[tuple[str, str | None, float], GovernedChat] = OrderedDict()
 
     def get(self, use: str, name: str | None, *, temperature: float) -> GovernedChat:
         """Raise RunEnded where the catalogue has lost what a published policy names."""
         key = (use, name, temperature)
         if key not in self._chats:
             self._chats[key] = self._build(use, name, temperature)
+            if len(self._chats) > _MAX_CHATS:
+                self._chats.popitem(last=False)
+        self._chats.move_to_end(key)
         return self._chats[key]
 
     def _build(self, use: str, name: str | None, temperature: float) -> GovernedChat:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
+from anyio import to_thread
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +18,7 @@ from app.db import Database
 from app.errors import Conflict, NotFound
 from app.keyring import Keyring, SecretKey
 from app.policies import screening
+from app.policies.document import InputRules
 from app.policies.screening import Verdict
 from app.policies.versions import ActivePolicy, published_version
 from app.runs import contents, repository
@@ -100,7 +102,7 @@ class RunService:
     async def _open(
         self, caller: Caller, policy: ActivePolicy, question: Question
     ) -> tuple[RunContext, list[BaseMessage], Ending | None]:
-        verdict = screening.screen(question.text, policy.document.input)
+        verdict = await _screen(question.text, policy.document.input)
         denied = _denial(policy, verdict)
         async with self._database.transaction(caller.tenant_id) as session:
             run = await self._new_run(session, caller, policy, question.run_id)
@@ -171,6 +173,12 @@ class RunService:
             return None
         tenant_key = await open_tenant_key(session, self._keyring, tenant_id)
         return tenant_keys.open_user_key(tenant_key, user.wrapped_key, user_id=user_id)
+
+
+async def _screen(query: str, rules: InputRules) -> Verdict:
+    if rules.block or rules.flag:
+        return await to_thread.run_sync(screening.screen, query, rules)
+    return screening.screen(query, rules)
 
 
 def _denial(policy: ActivePolicy, verdict: Verdict) -> Ending | None:

@@ -360,10 +360,20 @@ def give(descriptor: int, owner: int | None) -> None:
 @contextmanager
 def staged(directory: int) -> Iterator[tuple[str, BufferedWriter]]:
     """A new file and its name in `directory`, to be renamed to where it belongs; else it is removed."""
+    with staged_name(directory) as name, open_new(directory, name) as file:
+        yield name, file
+
+
+@contextmanager
+def staged_name(directory: int) -> Iterator[str]:
+    """A name for what will be renamed to where it belongs; whatever still has it at the end is removed."""
     name = f"{STAGED}{os.urandom(12).hex()}"
-    with os.fdopen(os.open(name, CREATE, 0o600, dir_fd=directory), "wb") as file:
-        try:
-            yield name, file
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=directory)
+    try:
+        yield name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+
+
+def open_new(directory: int, name: str) -> BufferedWriter:
+    return os.fdopen(os.open(name, CREATE, 0o600, dir_fd=directory), "wb")

@@ -10,25 +10,30 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from heapq import nsmallest
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath
+from typing import TypeVar, TypeVarTuple
 from uuid import UUID
+from weakref import WeakValueDictionary
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from app.errors import AppError, Conflict, Invalid, NotFound, TooLarge, Unavailable
-from app.tenants import beneath
+from app.tenants import beneath, uploads
+from app.tenants.uploads import UnderWay, Upload
 
 CHUNK_BYTES = 256 * 1024
 LISTED_ENTRIES = 200_000  # a tool server may have made many more than an upload may
-STALE_SECONDS = 24 * 3600
+STALE_SECONDS = 3600
 STAGING = ".staging"  # no workspace can be named so
 
+Given = TypeVarTuple("Given")
+Result = TypeVar("Result")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _TEXT = frozenset({".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".yaml", ".yml", ".toml", ".log", ".py"})
 _ERRORS: dict[type[beneath.Refusal], type[AppError]] = {
@@ -44,6 +49,12 @@ class WorkspaceFull(Conflict):
     """The workspace holds as much as it may."""
 
     code = "workspace_full"
+
+
+class TooManyWorkspaces(Conflict):
+    """Your tenant has as many workspaces as it may."""
+
+    code = "too_many_workspaces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,100 +81,6 @@ class Page:
     after: str | None
 
 
-class WorkspaceStore:
-    """Reads and writes tenants' files. Raises NotFound, Invalid, TooLarge, Conflict, Unavailable.
-
-    `max_files` counts folders too. The limits hold for what this store writes; a server that writes through the
-    sandbox has its own.
-    """
-
-    def __init__(self, root: Path, *, max_file_bytes: int, max_total_bytes: int, max_files: int) -> None:
-        self._root = root
-        self._max_file_bytes = max_file_bytes
-        self._max_total_bytes = max_total_bytes
-        self._max_files = max_files
-
-    def directory(self, tenant_id: UUID, name: str) -> Path:
-        """The host's folder of a workspace, for the sandbox to bind; `create` makes it."""
-        if not _NAME.fullmatch(name):
-            raise Invalid("A workspace is named by up to 63 of a-z, 0-9 and '-', and does not begin with '-'.")
-        return self._root / str(tenant_id) / name
-
-    async def create(self, tenant_id: UUID, name: str, *, owner_uid: int | None = None) -> Path:
-        """Make the workspace unless it is there. When we are root it is given to `owner_uid`."""
-        directory = self.directory(tenant_id, name)
-        await to_thread.run_sync(_create, directory, owner_uid)
-        return directory
-
-    async def write(
-        self,
-        tenant_id: UUID,
-        name: str,
-        *,
-        path: str,
-        content: AsyncIterator[bytes],
-        owner_uid: int | None = None,
-    ) -> File:
-        """Create or replace a file, in a workspace that is made if need be. It appears whole or not at all."""
-        with _told():
-            parts = beneath.split_file(path)
-        directory = await self.create(tenant_id, name, owner_uid=owner_uid)
-        # What runs in this thread and not in another is a few metadata calls on a local disk.
-        with _told(), _opened(directory.parent / STAGING) as staging, beneath.staged(staging) as (staged, file):
-            await self._receive(content, file)
-            await to_thread.run_sync(_flush, file, owner_uid)
-            place = _Place(directory, parts, owner_uid)
-            return await to_thread.run_sync(self._commit, place, staging, staged)
-
-    async def read(self, tenant_id: UUID, name: str, *, path: str) -> Download:
-        file = await to_thread.run_sync(_open, self.directory(tenant_id, name), path)
-        status = os.fstat(file.fileno())
-        entry = beneath.Entry(tuple(path.split("/")), status)
-        return Download(_file(entry), media_type(path), _Content(file, status.st_size))
-
-    async def list_files(self, tenant_id: UUID, name: str, *, limit: int, after: str = "") -> Page:
-        """Ordinary files only: links, devices and files with a second name are not shown."""
-        return await to_thread.run_sync(_page, self.directory(tenant_id, name), limit, after)
-
-    async def delete(self, tenant_id: UUID, name: str, *, path: str) -> None:
-        """Remove the name, whatever it stands for, and the folders that this leaves empty."""
-        await to_thread.run_sync(_delete, self.directory(tenant_id, name), path)
-
-    async def _receive(self, content: AsyncIterator[bytes], file: BufferedWriter) -> None:
-        size = 0
-        async for chunk in content:
-            size += len(chunk)
-            if size > self._max_file_bytes:
-                raise TooLarge(f"A file may have {self._max_file_bytes} bytes at most.")
-            await to_thread.run_sync(file.write, chunk)
-
-    def _commit(self, place: _Place, staging: int, staged: str) -> File:
-        with _locked(staging), _opened(place.directory) as workspace:
-            _sweep(staging)
-            status = os.stat(staged, dir_fd=staging)
-            self._check_room(workspace, place.parts, status.st_size)
-            parent = beneath.make_directories(workspace, place.parts[:-1], owner=place.owner_uid)
-            try:
-                os.rename(staged, place.parts[-1], src_dir_fd=staging, dst_dir_fd=parent)
-                os.fsync(parent)
-            finally:
-                os.close(parent)
-        return _file(beneath.Entry(place.parts, status))
-
-    def _check_room(self, workspace: int, parts: tuple[str, ...], size: int) -> None:
-        """Raises WorkspaceFull; what is replaced, and the folders that are there, cost nothing."""
-        total, count = size, len(parts)
-        try:
-            for entry in beneath.walk(workspace, limit=self._max_files):
-                is_on_path = entry.parts == parts[: len(entry.parts)]
-                count += not is_on_path
-                total += 0 if is_on_path or entry.is_folder else entry.status.st_size
-        except beneath.TooMany:
-            raise WorkspaceFull from None
-        if count > self._max_files or total > self._max_total_bytes:
-            raise WorkspaceFull
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a written file goes."""
@@ -173,17 +90,153 @@ class _Place:
     owner_uid: int | None
 
 
+class WorkspaceStore:
+    """Reads and writes tenants' files. Raises NotFound, Invalid, TooLarge, Conflict, Unavailable.
+
+    `max_files` counts folders too. The limits hold for what this store writes; a server that writes through the
+    sandbox has its own.
+
+    A change is the last act inside `recorded`, which is entered when all else is done, so that it may be a
+    transaction: where it cannot be entered nothing is changed, and where the change fails the block fails.
+    """
+
+    def __init__(
+        self, root: Path, *, max_workspaces: int, max_file_bytes: int, max_total_bytes: int, max_files: int
+    ) -> None:
+        self._root = root
+        self._max_workspaces = max_workspaces
+        self._max_file_bytes = max_file_bytes
+        self._max_total_bytes = max_total_bytes
+        self._max_files = max_files
+        self._tenants: WeakValueDictionary[UUID, UnderWay] = WeakValueDictionary()  # forgets who has nothing under way
+        # Threads of its own: a busy disk holds up nobody else. Walks, which may take a second, have some apart.
+        self._quick, self._walks = CapacityLimiter(16), CapacityLimiter(4)
+
+    def directory(self, tenant_id: UUID, name: str) -> Path:
+        """The host's folder of a workspace, for the sandbox to bind; `create` makes it."""
+        if not _NAME.fullmatch(name):
+            raise Invalid("A workspace is named by up to 63 of a-z, 0-9 and '-', and does not begin with '-'.")
+        return self._root / str(tenant_id) / name
+
+    async def create(self, tenant_id: UUID, name: str, *, owner_uid: int | None = None) -> Path:
+        """Make the workspace unless it is there; raise TooManyWorkspaces. As root, give it to `owner_uid`."""
+        directory = self.directory(tenant_id, name)
+        if not await _threaded(self._quick, _is_given, directory, owner_uid):
+            await _threaded(self._quick, _make_tenant, directory.parent)
+            async with self._alone(tenant_id):
+                await _threaded(self._quick, _make_workspace, directory, owner_uid, self._max_workspaces)
+        return directory
+
+    async def write(
+        self,
+        tenant_id: UUID,
+        name: str,
+        *,
+        path: str,
+        content: AsyncIterator[bytes],
+        recorded: AbstractAsyncContextManager[None],
+        owner_uid: int | None = None,
+    ) -> File:
+        """Create or replace a file, in a workspace that is made if need be. It appears whole or not at all.
+
+        Raises TooManyWorkspaces, TooManyUploads and UploadTooSlow besides.
+        """
+        with _told():
+            parts = beneath.split_file(path)
+        tenant = self._tenant(tenant_id)
+        with tenant.upload() as upload:
+            place = _Place(await self.create(tenant_id, name, owner_uid=owner_uid), parts, owner_uid)
+            # What runs in this thread and not in another is a few metadata calls on a local disk.
+            with _opened(place.directory.parent / STAGING) as staging, beneath.staged_name(staging) as staged:
+                with _told(), beneath.open_new(staging, staged) as file:
+                    await self._receive(content, file, tenant, upload)
+                    await _threaded(self._quick, _flush, file, owner_uid)
+                async with self._alone(tenant_id):
+                    await _threaded(self._walks, self._check_room, place, staging, tenant.staged_bytes)
+                    async with recorded:
+                        return await _threaded(self._quick, _move, staging, staged, place)
+
+    async def read(self, tenant_id: UUID, name: str, *, path: str) -> Download:
+        file = await _threaded(self._quick, _open, self.directory(tenant_id, name), path)
+        status = os.fstat(file.fileno())
+        entry = beneath.Entry(tuple(path.split("/")), status)
+        return Download(_file(entry), media_type(path), _Content(file, status.st_size, self._quick))
+
+    async def list_files(self, tenant_id: UUID, name: str, *, limit: int, after: str = "") -> Page:
+        """Ordinary files only: links, devices and files with a second name are not shown."""
+        directory = self.directory(tenant_id, name)
+        tenant = self._tenant(tenant_id)  # by a name of its own: what only the lock holds would be forgotten
+        async with tenant.turn:
+            return await _threaded(self._walks, _page, directory, limit, after)
+
+    async def delete(
+        self, tenant_id: UUID, name: str, *, path: str, recorded: AbstractAsyncContextManager[None]
+    ) -> None:
+        """Remove the name, whatever it stands for, and the folders that this leaves empty."""
+        directory = self.directory(tenant_id, name)
+        with _told():
+            parts = beneath.split_file(path)
+        async with self._alone(tenant_id), recorded:
+            await _threaded(self._quick, _delete, directory, parts)
+
+    def _tenant(self, tenant_id: UUID) -> UnderWay:
+        return self._tenants.setdefault(tenant_id, UnderWay())
+
+    @asynccontextmanager
+    async def _alone(self, tenant_id: UUID) -> AsyncIterator[None]:
+        """One change of a tenant at a time, in all processes: room that was checked is still there.
+
+        Who waits for another of this process has no thread yet.
+        """
+        tenant = self._tenant(tenant_id)
+        async with tenant.turn:
+            with _opened(self._root / str(tenant_id) / STAGING) as staging:
+                await _threaded(self._quick, fcntl.flock, staging, fcntl.LOCK_EX)
+                yield
+
+    async def _receive(
+        self, content: AsyncIterator[bytes], file: BufferedWriter, tenant: UnderWay, upload: Upload
+    ) -> None:
+        async with uploads.in_time():
+            async for chunk in content:
+                upload.size += len(chunk)
+                self._check_size(upload.size, tenant.staged_bytes)
+                await _threaded(self._quick, file.write, chunk)
+
+    def _check_size(self, size: int, staged: int) -> None:
+        if size > self._max_file_bytes:
+            raise TooLarge(f"A file may have {self._max_file_bytes} bytes at most.")
+        if staged > self._max_total_bytes:
+            raise WorkspaceFull
+
+    def _check_room(self, place: _Place, staging: int, staged: int) -> None:
+        """Raises WorkspaceFull; what is replaced, and the folders that are there, cost nothing."""
+        _sweep(staging)
+        total, count = staged, len(place.parts)
+        try:
+            with _opened(place.directory) as workspace:
+                for entry in beneath.walk(workspace, limit=self._max_files):
+                    is_on_path = entry.parts == place.parts[: len(entry.parts)]
+                    count += not is_on_path
+                    total += 0 if is_on_path or entry.is_folder else entry.status.st_size
+        except beneath.TooMany:
+            raise WorkspaceFull from None
+        if count > self._max_files or total > self._max_total_bytes:
+            raise WorkspaceFull
+
+
 class _Content:
     """Exactly `size` bytes, or Conflict: the size has been promised and the file may change under us."""
 
-    def __init__(self, file: BufferedReader, size: int) -> None:
+    def __init__(self, file: BufferedReader, size: int, threads: CapacityLimiter) -> None:
         self._file = file
         self._size = size
+        self._threads = threads
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         left = self._size
         while left > 0:
-            chunk = await to_thread.run_sync(self._file.read, min(CHUNK_BYTES, left))
+            chunk = await _threaded(self._threads, self._file.read, min(CHUNK_BYTES, left))
             if not chunk:
                 raise Conflict("The file became shorter while it was read.")
             left -= len(chunk)
@@ -212,36 +265,45 @@ def _told() -> Iterator[None]:
         raise _ERRORS.get(type(reason), Conflict)(f"{message[:1].upper()}{message[1:]}.") from None
 
 
+async def _threaded(limiter: CapacityLimiter, function: Callable[[*Given], Result], *given: *Given) -> Result:
+    with _told():
+        return await to_thread.run_sync(function, *given, limiter=limiter)
+
+
 @contextmanager
 def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, beneath.DIRECTORY)
+    with _told():
+        descriptor = os.open(directory, beneath.DIRECTORY)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def _locked(staging: int) -> Iterator[None]:
-    """One commit or delete a tenant at a time, in all processes: room that was checked is still there."""
-    fcntl.flock(staging, fcntl.LOCK_EX)
+def _is_given(directory: Path, owner_uid: int | None) -> bool:
+    """False where it is not there."""
     try:
-        yield
-    finally:
-        fcntl.flock(staging, fcntl.LOCK_UN)
-
-
-def _create(directory: Path, owner_uid: int | None) -> None:
-    with _told():
-        tenant = directory.parent
-        tenant.parent.parent.mkdir(parents=True, exist_ok=True)
-        # The owner must get through to the workspace; it can read neither folder above it.
-        _make(tenant.parent, 0o711)
-        _make(tenant, 0o711)
-        _make(tenant / STAGING, 0o700)
-        _make(directory, 0o700)
         with _opened(directory) as workspace:
             beneath.give(workspace, owner_uid)
+    except NotFound:
+        return False
+    return True
+
+
+def _make_tenant(tenant: Path) -> None:
+    tenant.parent.parent.mkdir(parents=True, exist_ok=True)
+    # The owner must get through to the workspace; it can read neither folder above it.
+    _make(tenant.parent, 0o711)
+    _make(tenant, 0o711)
+    _make(tenant / STAGING, 0o700)
+
+
+def _make_workspace(directory: Path, owner_uid: int | None, most: int) -> None:
+    others = {folder.name for folder in directory.parent.iterdir()} - {STAGING, directory.name}
+    if len(others) >= most:
+        raise TooManyWorkspaces
+    _make(directory, 0o700)
+    _is_given(directory, owner_uid)
 
 
 def _make(folder: Path, mode: int) -> None:
@@ -264,15 +326,26 @@ def _sweep(staging: int) -> None:
                 os.unlink(entry.parts[-1], dir_fd=staging)
 
 
+def _move(staging: int, staged: str, place: _Place) -> File:
+    status = os.stat(staged, dir_fd=staging)
+    with _opened(place.directory) as workspace:
+        parent = beneath.make_directories(workspace, place.parts[:-1], owner=place.owner_uid)
+    try:
+        os.rename(staged, place.parts[-1], src_dir_fd=staging, dst_dir_fd=parent)
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    return _file(beneath.Entry(place.parts, status))
+
+
 def _open(directory: Path, path: str) -> BufferedReader:
-    with _told():
-        parts = beneath.split_file(path)
-        with _opened(directory) as workspace:
-            return beneath.open_file(workspace, parts)
+    parts = beneath.split_file(path)
+    with _opened(directory) as workspace:
+        return beneath.open_file(workspace, parts)
 
 
 def _page(directory: Path, limit: int, after: str) -> Page:
-    with _told(), _opened(directory) as workspace:
+    with _opened(directory) as workspace:
         entries = beneath.walk(workspace, limit=LISTED_ENTRIES)
         later = (entry for entry in entries if entry.path > after and entry.is_file)
         found = nsmallest(limit + 1, later, key=lambda entry: entry.path)
@@ -284,12 +357,10 @@ def _file(entry: beneath.Entry) -> File:
     return File(entry.path, entry.status.st_size, entry.modified)
 
 
-def _delete(directory: Path, path: str) -> None:
-    with _told():
-        parts = beneath.split_file(path)
-        with _opened(directory) as workspace, _opened(directory.parent / STAGING) as staging, _locked(staging):
-            _remove(workspace, parts)
-            _prune(workspace, parts[:-1])
+def _delete(directory: Path, parts: tuple[str, ...]) -> None:
+    with _opened(directory) as workspace:
+        _remove(workspace, parts)
+        _prune(workspace, parts[:-1])
 
 
 def _remove(workspace: int, parts: tuple[str, ...]) -> None:

@@ -53,9 +53,8 @@ def _nonces(text: str) -> set[str]:
 
 async def _ledger(service: Service, count: int) -> Ledger:
     documents = [Document(f"{secrets.token_hex(6)}.md", f"nonce-{secrets.token_hex(16)}") for _ in range(count)]
-    tenant = await service.new_tenant(policy=POLICY)
-    texts = [(document.name, f"The word is {document.nonce}.") for document in documents]
-    await asyncio.gather(*(tenant.admin.put_file(name, text) for name, text in texts))
+    files = {document.name: f"The word is {document.nonce}." for document in documents}
+    tenant = await service.new_tenant(policy=POLICY, files=files)
     return Ledger(tenant, documents)
 
 

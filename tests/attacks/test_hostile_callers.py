@@ -97,7 +97,7 @@ async def test_no_line_of_the_log_is_forged(
     await tenant.user.ask("a query", conversation=line)
     await tenant.user.get("/v1/runs", params={"cursor": line})
     await tenant.user.get(f"/v1/runs/{line.encode().hex()}")
-    await tenant.user.get("/v1/workspaces/docs/files/%0D%0A2026-01-01%20[error]%20forged%20" + NONCE)
+    await tenant.admin.get("/v1/workspaces/docs/files/%0D%0A2026-01-01%20[error]%20forged%20" + NONCE)
     await tenant.admin.post("/v1/policies", content=f"schema: {json.dumps(line)}".encode())
     await tenant.admin.put(f"/v1/workspaces/docs/files/{NONCE}%0A.txt", content=b"x")
     await tenant.user.get("/v1/me", headers={"Authorization": f"Bearer {NONCE}"})

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 from uuid import UUID
 
+import httpx
 import pytest
 from sqlalchemy import text
 
@@ -69,7 +70,7 @@ async def test_what_an_admin_did_is_what_the_record_says(service: Service) -> No
     assert {event["actor_id"] for event in events} == {actor}
 
 
-async def test_what_is_refused_or_only_read_leaves_no_event(service: Service) -> None:
+async def test_what_is_not_valid_or_only_lists_leaves_no_event(service: Service) -> None:
     tenant = await service.new_tenant()
     name = secrets.token_hex(8)
     await tenant.admin.make("/v1/users", json={"name": name, "role": "user"})
@@ -80,12 +81,25 @@ async def test_what_is_refused_or_only_read_leaves_no_event(service: Service) ->
         await tenant.admin.post("/v1/policies/99/publish", json={}),
         await tenant.admin.put("/v1/workspaces/docs/files/..%2Fa", content=b"x"),
         await tenant.admin.delete("/v1/workspaces/docs/files/absent.md"),
-        await tenant.user.post("/v1/users", json={"name": name, "role": "user"}),
     ]
     assert not [answer for answer in refused if answer.is_success]
     for path in ("/v1/me", "/v1/runs", "/v1/users", "/v1/keys", "/v1/policies", "/v1/switches", "/v1/issuers"):
         assert (await tenant.admin.get(path)).status_code == 200
     assert await tenant.admin.events() == before
+
+
+async def test_a_missing_scope_and_a_missing_credential_are_recorded_once_a_minute(service: Service) -> None:
+    tenant = await service.new_tenant(policy=None)
+    for _ in range(3):
+        assert (await tenant.user.post("/v1/policies", content=b"x")).status_code == 403
+    refused = [event for event in await tenant.admin.events() if event["type"] == "auth.failed"]
+    assert {event["data"]["reason"] for event in refused} == {"lacks_scope:policies:write"}
+    assert 1 <= len(refused) <= 2  # two where a minute has turned
+    assert {event["actor_id"] for event in refused} == {tenant.user_id}
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False) as stranger:
+        assert (await stranger.get("/v1/me")).status_code == 401
+    reasons = {event["data"].get("reason") for event in await service.platform.events()}
+    assert "no_credential" in reasons
 
 
 async def test_what_the_platform_does_to_a_tenant_stands_in_both_records(service: Service) -> None:

@@ -138,7 +138,7 @@ async def test_me_tells_what_the_credential_may_do(service: Service) -> None:
     tenant = await service.new_tenant(policy=POLICY.replace('["docs__*"]', "[docs__read_file]"))
     me = (await tenant.user.get("/v1/me")).json()
     assert (me["tenant_id"], me["user_id"], me["key_id"]) == (tenant.id, tenant.user_id, tenant.user_key_id)
-    assert (me["role"], me["scopes"]) == ("user", ["runs:create", "runs:read", "workspaces:read"])
+    assert (me["role"], me["scopes"]) == ("user", ["runs:create", "runs:read"])
     assert [tool["name"] for tool in me["tools"]] == ["docs__read_file"]
     assert me["policy_version"] == 1
     bare = (await (await service.new_tenant(policy=None)).user.get("/v1/me")).json()
@@ -153,14 +153,14 @@ async def test_a_file_is_written_read_replaced_listed_and_deleted(service: Servi
     content = bytes(range(256)) * 5_000
     made = (await tenant.admin.put(f"{FILES}/a/b/data.bin", content=content)).json()
     assert (made["path"], made["size"]) == ("a/b/data.bin", len(content))
-    assert (await tenant.user.get(f"{FILES}/a/b/data.bin")).content == content
+    assert (await tenant.admin.get(f"{FILES}/a/b/data.bin")).content == content
     for name in ("c.md", "b.md", "a.md"):
         await tenant.admin.put_file(name, name)
     await tenant.admin.put_file("a.md", "replaced")
-    assert (await tenant.user.get(f"{FILES}/a.md")).text == "replaced"
-    assert [file["path"] for file in await everything(tenant.user, FILES)] == ["a.md", "a/b/data.bin", "b.md", "c.md"]
+    assert (await tenant.admin.get(f"{FILES}/a.md")).text == "replaced"
+    assert [file["path"] for file in await everything(tenant.admin, FILES)] == ["a.md", "a/b/data.bin", "b.md", "c.md"]
     assert [(await tenant.admin.delete(f"{FILES}/a.md")).status_code for _ in range(2)] == [204, 404]
-    assert (await tenant.user.get(f"{FILES}/a.md")).status_code == 404
+    assert (await tenant.admin.get(f"{FILES}/a.md")).status_code == 404
 
 
 @pytest.mark.parametrize(

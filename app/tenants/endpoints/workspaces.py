@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from typing import Annotated
 
@@ -11,7 +14,7 @@ from pydantic import Field
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
-from app.auth.dependencies import Paging, TheDatabase, paging, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import Caller
 from app.db import Database
 from app.keyring import Keyring
@@ -50,23 +53,34 @@ class FilesOut(Answer):
     next_cursor: str | None
 
 
-@router.put("/files/{path:path}", summary="Write a file", responses=responses(401, 403, 409, 413, 422))
+@router.put("/files/{path:path}", summary="Write a file", responses=responses(401, 403, 408, 409, 413, 422, 429))
 async def write_file(
-    request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore
+    request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
 ) -> FileOut:
     """The body is the file, whatever its type. It is made or replaced as a whole, and read by the next tool call."""
     async with database.transaction(caller.tenant_id) as session:
         uid = (await repository.get_tenant(session, caller.tenant_id)).sandbox_uid
-    file = await store.write(caller.tenant_id, name, path=path, content=request.stream(), owner_uid=uid)
-    await _record(request, database, caller, EventType.WORKSPACE_FILE_WRITTEN, workspace=name, path=path)
+    act = _Act(EventType.WORKSPACE_FILE_WRITTEN, caller, workspace=name, path=path)
+    file = await store.write(
+        caller.tenant_id,
+        name,
+        path=path,
+        content=request.stream(),
+        recorded=_recorded(database, keyring, act),
+        owner_uid=uid,
+    )
     return FileOut.model_validate(file)
 
 
 @router.get("/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
-async def read_file(name: str, path: str, caller: Reader, store: TheStore) -> StreamingResponse:
+async def read_file(
+    name: str, path: str, caller: Reader, database: TheDatabase, store: TheStore, keyring: TheKeyring
+) -> StreamingResponse:
     """As a download: never as something that a browser would run."""
     download = await store.read(caller.tenant_id, name, path=path)
-    headers = {"Content-Length": str(download.file.size), "Content-Disposition": "attachment"}
+    act = _Act(EventType.WORKSPACE_FILE_READ, caller, workspace=name, path=path)
+    async with _recorded(database, keyring, act):
+        headers = {"Content-Length": str(download.file.size), "Content-Disposition": "attachment"}
     return StreamingResponse(download.content, media_type=download.media_type, headers=headers)
 
 
@@ -87,19 +101,33 @@ async def list_files(
     "/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 409, 422)
 )
 async def delete_file(
-    request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore
+    name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
 ) -> None:
     """For good."""
-    await store.delete(caller.tenant_id, name, path=path)
-    await _record(request, database, caller, EventType.WORKSPACE_FILE_DELETED, workspace=name, path=path)
+    act = _Act(EventType.WORKSPACE_FILE_DELETED, caller, workspace=name, path=path)
+    await store.delete(caller.tenant_id, name, path=path, recorded=_recorded(database, keyring, act))
 
 
-async def _record(
-    request: Request, database: Database, caller: Caller, kind: EventType, *, workspace: str, path: str
-) -> None:
-    """A path may say as much as a text does, so only its keyed hash is kept."""
-    keyring: Keyring = request.app.state.keyring
+@dataclass(frozen=True, slots=True)
+class _Act:
+    """What a caller does to a file."""
+
+    type: EventType
+    caller: Caller
+    _: KW_ONLY
+    workspace: str
+    path: str
+
+
+@asynccontextmanager
+async def _recorded(database: Database, keyring: Keyring, act: _Act) -> AsyncIterator[None]:
+    """The event is written when the block begins and committed when it ends well.
+
+    A path may say as much as a text does, so only its keyed hash is kept.
+    """
+    caller = act.caller
     async with database.transaction(caller.tenant_id) as session:
         key = await open_tenant_key(session, keyring, caller.tenant_id)
-        data = {"workspace": workspace, "path_hmac": key.mac("audit", path.encode()).hex()}
-        await audit.append(session, caller.tenant_id, Event(kind, actor_id=caller.user_id, data=data))
+        data = {"workspace": act.workspace, "path_hmac": key.mac("audit", act.path.encode()).hex()}
+        await audit.append(session, caller.tenant_id, Event(act.type, actor_id=caller.user_id, data=data))
+        yield
