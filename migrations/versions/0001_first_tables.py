@@ -101,7 +101,10 @@ def _secure() -> None:
     for table in TENANT_TABLES:
         _force(table, "tenant_id")
     # Whoever decides a call must see that the platform has stopped everything.
-    op.execute(f"create policy platform_stops on kill_switches for select to {app} using (tenant_id = {PLATFORM})")
+    op.execute(
+        f"create policy platform_stops on kill_switches for select to {app}"
+        f" using (tenant_id = {PLATFORM} and lifted_at is null and {CURRENT} is not null)"
+    )
     op.execute(f"grant usage on schema {schema} to {app}, {platform}")
     op.execute(f"grant select on alembic_version to {app}, {platform}")
     for table, privileges in APP_GRANTS.items():
