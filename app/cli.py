@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Final
 
 import asyncpg
@@ -68,6 +69,10 @@ def main() -> None:
 
 
 def _settings() -> Settings:
+    known = {f"BULKHEAD_{name}".upper() for name in Settings.model_fields}
+    unknown = {name for name in read_env(Path(".env")) if name.startswith("BULKHEAD_")} - known
+    if unknown:
+        raise ConfigurationError(f"There is no setting {', '.join(sorted(unknown))}: .env names it.")
     try:
         return Settings()
     except ValidationError as error:
@@ -130,20 +135,26 @@ async def _serve(settings: Settings, urls: DatabaseUrls, listener: socket.socket
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema to what this version needs, as the owner role."""
+    urls = _owner_urls(_settings())
     with _database_explained():
-        migration.upgrade(_urls(_settings()))
+        migration.upgrade(urls)
 
 
 @cli.command()
 def down() -> None:
     """Stop what `bulkhead up` started, and the embedded Postgres."""
     machine = Machine(_settings())
+    print("Stopped; the data stays." if _stop(machine) else f"Nothing runs on {machine.directory}.")
+
+
+def _stop(machine: Machine) -> bool:
+    """True where there was something to stop."""
     pid = machine.holder()
     if pid is not None:
         os.kill(pid, signal.SIGTERM)
         _await_end(machine)
     had_database = machine.stop_database()
-    print("Stopped; the data stays." if pid or had_database else f"Nothing runs on {machine.directory}.")
+    return pid is not None or had_database
 
 
 def _await_end(machine: Machine) -> None:
@@ -159,9 +170,13 @@ def reset(*, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = F
     """Delete all data of this machine's Bulkhead."""
     machine = Machine(_settings())
     machine.check_ours()
+    if not machine.directory.exists():
+        print(f"There is nothing to delete: {machine.directory} is not there.")
+        return
     if not yes:
-        typer.confirm(f"Delete everything in {machine.directory}?", abort=True)
-    down()
+        is_up = " Bulkhead is running on it and will be stopped." if machine.holder() else ""
+        typer.confirm(f"Delete everything in {machine.directory}?{is_up}", abort=True)
+    _stop(machine)
     machine.reset()
     print(f"{machine.directory} is gone.")
 
@@ -191,11 +206,9 @@ def root_key(key_id: str = "k1") -> None:
 def bootstrap() -> None:
     """Make the first admin of the platform and print its key, this once; needs the owner's URL."""
     settings = _settings()
-    urls = _urls(settings)
-    if urls.owner is None:
-        raise ConfigurationError("Set BULKHEAD_DATABASE_OWNER_URL: nobody else may make the first admin.")
+    owner_url = _owner_urls(settings).owner or ""
     with _database_explained():
-        print(asyncio.run(_bootstrap(urls.owner, _keyring(settings))))
+        print(asyncio.run(_bootstrap(owner_url, _keyring(settings))))
 
 
 async def _bootstrap(owner_url: str, keyring: Keyring) -> str:
@@ -236,6 +249,14 @@ def _database_explained() -> Iterator[None]:
         raise ConfigurationError(f"The database's schema is not known to this version: {error}") from None
     except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
         raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
+
+
+def _owner_urls(settings: Settings) -> DatabaseUrls:
+    urls = database_urls(settings)
+    if urls is None or urls.owner is None:
+        names = ", ".join(f"BULKHEAD_DATABASE_{role}_URL" for role in ("OWNER", "APP", "PLATFORM"))
+        raise ConfigurationError(f"Set {names}: this is done as the owner role.")
+    return urls
 
 
 def _urls(settings: Settings) -> DatabaseUrls:

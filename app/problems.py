@@ -139,6 +139,10 @@ def _from_http(error: HTTPException) -> AppError:
 
 def _fault(item: Mapping[str, Any]) -> Fault:
     """The place and the message, never the value: it may be a secret put in the wrong field."""
+    if item["type"] == "json_invalid":
+        return Fault("/body", f"is not JSON: the fault is at character {item['loc'][-1]}")
+    if item["type"] == "model_attributes_type" and tuple(item["loc"]) == ("body",):
+        return Fault("/body", "must be a JSON object, sent with Content-Type: application/json")
     return Fault("/" + "/".join(str(part) for part in item["loc"]), str(item["msg"]))
 
 

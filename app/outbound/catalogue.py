@@ -28,7 +28,9 @@ class ModelCatalogue:
         """What a policy that names this model gets wrong; empty where it may."""
         endpoint = self.endpoints.get(use)
         if endpoint is None:
-            return [Fault("/model/use", f"the catalogue has {', '.join(sorted(self.endpoints)) or 'no entry'}")]
+            there = ", ".join(sorted(self.endpoints)) or "none"
+            hint = "; set BULKHEAD_MODEL_API_KEY to have it" if use == "default" else ""
+            return [Fault("/model/use", f"{use!r} is not in the catalogue of models (there: {there}){hint}")]
         if name is not None and name not in endpoint.models:
             return [Fault("/model/name", f"this endpoint offers {', '.join(endpoint.models)}")]
         return []

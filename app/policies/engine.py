@@ -187,6 +187,13 @@ def _glob_rules(document: PolicyDocument, names: Sequence[str], faults: list[Fau
     return rules
 
 
+def rule_faults(document: PolicyDocument) -> list[Fault]:
+    """What is wrong with the rules' own text, whatever the tools are."""
+    faults: list[Fault] = []
+    _read_rules(document, faults)
+    return faults
+
+
 def _read_rules(document: PolicyDocument, faults: list[Fault]) -> list[Rule]:
     try:
         rules = cedar_rules.read(document.tools.rules)

@@ -22,8 +22,8 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict, NotFound
 from app.policies import document as documents
-from app.policies.document import PolicyDocument
-from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy
+from app.policies.document import PolicyDocument, PolicyInvalid
+from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy, rule_faults
 from app.policies.models import PolicyVersion, PublishedPolicy
 from app.tenants import repository as tenants
 
@@ -60,7 +60,9 @@ class ActivePolicy:
 
 async def create(database: Database, caller: Caller, text: str) -> Version:
     """Store a document as the next version; raise PolicyInvalid with every fault."""
-    await to_thread.run_sync(documents.parse, text)
+    document = await to_thread.run_sync(documents.parse, text)
+    if faults := await to_thread.run_sync(rule_faults, document):
+        raise PolicyInvalid(faults=faults)
     digest = documents.digest(text)
     async with database.transaction(caller.tenant_id) as session:
         # The tenant's row is the lock that gives two authors two numbers.
@@ -80,7 +82,7 @@ async def get(session: AsyncSession, version: int) -> Version:
     """Raise NotFound."""
     row = await session.scalar(select(PolicyVersion).where(PolicyVersion.version == version))
     if row is None:
-        raise NotFound
+        raise NotFound(f"There is no version {version}.")
     is_published = row.version == await published_version(session)
     return Version(row.version, row.digest, row.created_by, row.created_at, is_published, row.document)
 

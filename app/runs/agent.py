@@ -74,7 +74,9 @@ class GovernedChat(ChatOpenAI):
             raise _failed(f"The model endpoint answered with status {error.status_code}.") from None
         except openai.APITimeoutError:
             raise _failed("The model endpoint did not answer in time.") from None
-        except openai.APIConnectionError:
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__).__name__
+            _log.warning("model.unreachable", endpoint=str(self.root_async_client.base_url), cause=cause)
             raise _failed("The model endpoint could not be reached, or broke off.") from None
         except UnicodeEncodeError:
             raise _failed("The model sent tool arguments that are not valid Unicode.") from None

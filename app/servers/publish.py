@@ -39,11 +39,14 @@ async def prepare(
         replaces = await versions.published_version(session)
     document = await to_thread.run_sync(documents.parse, text)
     faults = catalogue.faults(document.model.use, document.model.name)
-    if faults:
-        raise PolicyInvalid(faults=faults)
     async with servers.listing(caller.tenant_id):
         tools = await _list_tools(servers, caller, document)
-    await to_thread.run_sync(compile_policy, document, tools)
+    try:
+        await to_thread.run_sync(compile_policy, document, tools)
+    except PolicyInvalid as error:
+        faults += error.faults
+    if faults:
+        raise PolicyInvalid(faults=faults)
     return Prepared(version, tools, replaces)
 
 

@@ -244,3 +244,19 @@ async def test_a_switch_that_means_nothing_or_too_much_is_refused(
 async def test_the_platform_stops_everything_or_nothing(service: Service) -> None:
     body = {"scope": "tenant", "reason": "test"}
     assert (await service.platform.post("/v1/switches", json=body)).status_code == 403
+
+
+async def test_rules_that_cannot_be_read_are_refused_when_they_are_stored(service: Service) -> None:
+    tenant = await service.new_tenant(policy=None)
+    answer = await tenant.admin.post("/v1/policies", content=POLICY.replace("]}", '], rules: "permit (principal"}'))
+    assert answer.status_code == 422
+    assert [fault["path"] for fault in answer.json()["errors"]] == ["/tools/rules"]
+
+
+async def test_publishing_tells_the_faults_of_the_model_and_of_the_tools_at_once(service: Service) -> None:
+    tenant = await service.new_tenant(policy=None)
+    wrong = POLICY.replace("use: rehearsal", "use: nowhere").replace("docs__*", "dcos__*")
+    version = (await tenant.admin.make("/v1/policies", content=wrong))["version"]
+    answer = await tenant.admin.post(f"/v1/policies/{version}/publish")
+    assert answer.status_code == 422
+    assert {fault["path"] for fault in answer.json()["errors"]} == {"/model/use", "/tools/allow/0"}

@@ -42,9 +42,9 @@ class PublishedOut(Answer):
 async def publish_policy(
     request: Request,
     version: VersionNumber,
-    body: PublishIn,
     caller: Annotated[Caller, Depends(requires(Scope.POLICIES_PUBLISH))],
     database: TheDatabase,
+    body: PublishIn = PublishIn(),
 ) -> PublishedOut:
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
     servers: TenantServers = request.app.state.servers
