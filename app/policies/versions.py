@@ -82,7 +82,7 @@ async def get(session: AsyncSession, version: int) -> Version:
     """Raise NotFound."""
     row = await session.scalar(select(PolicyVersion).where(PolicyVersion.version == version))
     if row is None:
-        raise NotFound(f"There is no version {version}.")
+        raise NotFound("There is no such version.")
     is_published = row.version == await published_version(session)
     return Version(row.version, row.digest, row.created_by, row.created_at, is_published, row.document)
 
