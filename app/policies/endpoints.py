@@ -116,7 +116,9 @@ async def read_policy(version: VersionNumber, caller: Reader, database: TheDatab
     return VersionDetailOut.model_validate(found)
 
 
-@router.post("/v1/switches", status_code=201, summary="Engage a kill switch", responses=responses(401, 403, 413, 422))
+@router.post(
+    "/v1/switches", status_code=201, summary="Engage a kill switch", responses=responses(401, 403, 409, 413, 422)
+)
 async def engage_switch(body: SwitchIn, caller: Switcher, database: TheDatabase) -> SwitchOut:
     """Takes effect within a second, on runs in flight too, and holds until it is lifted."""
     if (body.scope == "all") != caller.is_platform_admin:
