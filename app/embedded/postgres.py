@@ -145,7 +145,7 @@ class EmbeddedPostgres:
         self._process = self._spawn(binaries, account, lock)
         try:
             self._await_ready(self._process)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: nothing is left behind
             self._process.kill()
             self._reap()
             raise

@@ -69,7 +69,7 @@ class RunContext:
         noted, self.unwritten = self.unwritten, []
         try:
             yield noted
-        except BaseException:
+        except BaseException:  # cancelled as well: what was not committed is still to be written
             self.unwritten = [*noted, *self.unwritten]
             raise
 
