@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: up down reset test test-long check bench lock help anew
+.PHONY: up down reset test test-long browser check bench lock help anew
 
 BIN := .venv/bin
 
@@ -84,7 +84,15 @@ down: $(RUNTIME)  ## Stop what `make up` started
 reset: $(RUNTIME)  ## Delete all data of this machine's Bulkhead; asks first, unless YES=1
 	@exec $(BIN)/python -m app.cli reset $(if $(filter 1,$(YES)),--yes)
 
-test: $(TOOLS)  ## Run the tests, with samples of the long ones
+# Only a machine that is there for nothing else is changed; elsewhere the tests that need it are skipped, and say so.
+BROWSER := --no-install-recommends chromium-headless-shell fonts-dejavu-core
+browser:
+	@if [ -x /usr/bin/chromium-headless-shell ]; then exit 0; fi
+	if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y $(BROWSER) > /dev/null
+	then exit 0; fi
+	echo 'There is no headless browser here, so its tests are skipped. To run them: apt-get install $(BROWSER)'
+
+test: $(TOOLS) browser  ## Run the tests, with samples of the long ones
 	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
