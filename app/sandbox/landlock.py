@@ -11,26 +11,22 @@ What it cannot do that bubblewrap can:
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import errno
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Final
 
-from app.sandbox import seccomp
+from app.sandbox import orders, seccomp
 from app.sandbox.contract import Launch, Profile, SandboxUnavailable
 
 REMEDY: Final = (
     "run the service as a user who may read the interpreter and its packages and may write to the folder for "
     "temporary files; in a container, use a seccomp profile that allows the landlock system calls"
 )
-_LAUNCHER = Path(__file__).with_name("landlock_launcher.py")
 _CREATE_RULESET, _GIVE_VERSION = 444, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (1 << bit for bit in range(6))
 _MAKE_DIR, _MAKE_REG, _MAKE_SYM = 1 << 7, 1 << 8, 1 << 12
@@ -48,30 +44,35 @@ _TRUNCATION, _SCOPES = 3, 6  # the ABI that brought them
 
 @dataclass(frozen=True, slots=True)
 class Landlock:
-    """Landlock as the kernel's `abi` has it, with the compiled system call filter."""
+    """Landlock as the kernel's `abi` has it."""
 
     name: ClassVar[str] = "landlock"
     abi: int
-    system_calls: bytes = field(repr=False)
 
     def launch(self, profile: Profile) -> Launch:
-        """A command that becomes the program. Raises SandboxUnavailable for a mount within a writable one."""
+        """A command that becomes the program.
+
+        Raises SandboxUnavailable for a network, a scratch, and a mount within a writable one.
+        """
+        _refuse_what_takes_a_namespace(profile)
         _refuse_cover(profile)
+        folder = Path(tempfile.gettempdir(), f"bulkhead-{os.urandom(8).hex()}")
         order = {
             "parent": os.getpid(),
             "become": profile.host_uid if os.geteuid() == 0 else None,
-            "scratch": tempfile.gettempdir(),
+            "cgroup": [str(folder) for folder in profile.cgroup],
+            "channel": None,
+            "scratch": str(folder),
             "mounts": [(str(mount.source), mount.target, mount.writable) for mount in profile.mounts],
             "files": dict(profile.files),
             "environment": {"TMPDIR": "/tmp"} | dict(profile.environment),  # noqa: S108  # the private one
             "limits": profile.limits.rlimits(),
             "rights": _rights(self.abi),
-            "system_calls": base64.b64encode(self.system_calls).decode(),
+            "system_calls": seccomp.program(profile.runtime, network=False, beside_others=True),
             "working_directory": profile.working_directory,
             "argv": profile.argv,
         }
-        argv = (sys.executable, "-I", "-S", str(_LAUNCHER))
-        return Launch(argv, {"BULKHEAD_SANDBOX": json.dumps(order)})
+        return replace(orders.launch("landlock_launcher", order), leaves=(folder,))
 
 
 def built_in(*, abi: int | None = None, one_tenant: bool = False) -> Landlock:
@@ -91,7 +92,8 @@ def built_in(*, abi: int | None = None, one_tenant: bool = False) -> Landlock:
         raise SandboxUnavailable(
             "nothing tells which processes a server leaves behind", remedy="run a kernel with CONFIG_PROC_CHILDREN"
         )
-    return Landlock(abi, seccomp.compile_filter(seccomp.BESIDE_OTHERS, is_beside_others=True))
+    seccomp.program("python", network=False, beside_others=True)  # what cannot be compiled is told now
+    return Landlock(abi)
 
 
 def _abi() -> int:
@@ -125,6 +127,13 @@ def _rights(abi: int) -> dict[str, object]:
         "file": _READ_FILE,
         "device": _READ_FILE | _WRITE_FILE,
     }
+
+
+def _refuse_what_takes_a_namespace(profile: Profile) -> None:
+    if profile.network is not None:
+        raise SandboxUnavailable("Landlock cannot give a server a network of its own", remedy="use bubblewrap")
+    if profile.scratch:
+        raise SandboxUnavailable("Landlock cannot bound a folder that a server may write to", remedy="use bubblewrap")
 
 
 def _refuse_cover(profile: Profile) -> None:

@@ -1,4 +1,4 @@
-"""Becomes a program under Landlock: run as a script by what `Landlock.launch` gave, with the standard library alone.
+"""Becomes a program under Landlock: run by what `Landlock.launch` gave, with the standard library alone.
 
 Three processes, since there is no namespace whose end would take everything inside along:
 - The launcher is what the service has started. It ends with the service and hands on how the program ended.
@@ -8,11 +8,10 @@ Should the guard be killed, what it had falls to the launcher, which then does t
 """
 
 # pathlib would cost a third of the start.
-# ruff: noqa: PTH100, PTH101, PTH104, PTH106, PTH108, PTH120, PTH123
+# ruff: noqa: PTH101, PTH104, PTH106, PTH108, PTH123
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
 import errno
@@ -28,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from app.sandbox import launcher, layout
 else:
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # `-I` leaves it out
     import launcher
     import layout
 
@@ -43,6 +41,10 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def start() -> NoReturn:
+    launcher.complaining(main)
+
+
 def main() -> NoReturn:
     order = launcher.begin()
     if order["become"] is not None:
@@ -52,7 +54,7 @@ def main() -> NoReturn:
     launcher.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     launcher.prctl(_PR_SET_DUMPABLE, 0)  # hides the order in our environment from our own user
     launcher.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    folder = f"{order['scratch']}/bulkhead-{os.urandom(8).hex()}"
+    folder = order["scratch"]
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     ourselves = os.getpid()
     guard = os.fork()
@@ -68,6 +70,7 @@ def main() -> NoReturn:
 def _stage(order: dict[str, Any]) -> None:
     """As root, show the sources where the other user can reach them; without the right to, they must be anyway."""
     try:
+        launcher.unshare(launcher.CLONE_NEWNS)
         staged = launcher.stage([source for source, _, _ in order["mounts"]], _STAGE)
     except PermissionError:
         return
@@ -197,10 +200,9 @@ def _become_program(order: dict[str, Any], rewrite: layout.Rewriter, ruleset: in
         argv = [rewrite(word) for word in order["argv"]]
         environment = {name: rewrite(value) for name, value in order["environment"].items()}
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and it would be inherited
-            signal.signal(ignored, signal.SIG_DFL)
+        launcher.default_signals()
         _call(_RESTRICT_SELF, ruleset, 0)
-        _filter(base64.b64decode(order["system_calls"]))
+        _filter(order["system_calls"])
         os.execve(argv[0], argv, environment)  # noqa: S606  # a shell is the last thing wanted
     except OSError as error:
         _complain(error)
@@ -223,11 +225,11 @@ def _processes_of(uid: int) -> int:
 
 def _threads(pid: str, uid: int) -> int:
     try:
-        with open(f"/proc/{pid}/status") as file:
-            lines = dict(line.split(":", 1) for line in file)
+        with open(f"/proc/{pid}/status", "rb") as file:  # a process names itself as it likes, in any bytes
+            lines = dict(line.partition(b":")[::2] for line in file.read().split(b"\n"))
     except OSError:  # it has ended meanwhile, or is hidden from us: not to count it makes the limit no wider
         return 0
-    return int(lines["Threads"]) if lines["Uid"].split()[0] == str(uid) else 0
+    return int(lines[b"Threads"]) if int(lines[b"Uid"].split()[0]) == uid else 0
 
 
 def _ruleset(rights: dict[str, Any], folder: str, rules: Iterable[layout.Rule]) -> int:
@@ -239,7 +241,7 @@ def _ruleset(rights: dict[str, Any], folder: str, rules: Iterable[layout.Rule]) 
         _allow(ruleset, rule.path, allowed, of_file=rights["of_file"])
     _allow(ruleset, folder, rights["folder"])
     _allow(ruleset, "/dev/null", rights["device"])
-    for device in ("/dev/zero", "/dev/random", "/dev/urandom"):
+    for device in ("/dev/random", "/dev/urandom"):  # not /dev/zero: mapped as shared, it is memory that nothing counts
         _allow(ruleset, device, rights["file"])
     return ruleset
 
@@ -269,10 +271,3 @@ def _call(number: int, *arguments: Any) -> int:
 
 def _complain(error: OSError) -> None:
     os.write(2, f"sandbox: {error.strerror}\n".encode())
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"sandbox: {error.strerror}")

@@ -1,66 +1,104 @@
-"""Becomes a sandbox: run as a script by what `Bubblewrap.launch` gave, with the standard library alone.
+"""Becomes a sandbox: run by what `Bubblewrap.launch` gave, with the standard library alone.
 
 It does what must happen between the service and bubblewrap, and what no argument of bubblewrap can say:
-- As root it first shows bubblewrap's sources at a place that the other user can reach (they may lie under a home
-  of mode 0700), then turns into that user for good. From there root and an ordinary user go the same way.
+- It makes the network namespace, and in it the listening sockets of a server with a network (`doors.py`).
+- It mounts folders that are bounded in bytes and in files, and shows bubblewrap's sources at a place that the other
+  user can reach (they may lie under a home of mode 0700). As an ordinary user it does so in a user namespace.
+- As root it then turns into the other user for good.
 - It ends with the service, even when that is killed before bubblewrap has begun to watch for it.
 - It limits the first process inside before that goes on: set before bubblewrap, the limit on processes would
   count all that this user runs on the host.
 
-The launcher of Landlock takes its first steps from here.
+The launcher of Landlock takes its first steps from here. Every start of a server waits for the imports: what the
+standard library makes pleasant (json, signal, contextlib, typing) takes longer than all of bubblewrap.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import ctypes
-import json
+import marshal
 import os
 import resource
-import signal
 import stat
 import sys
 import time
-from typing import Any, NoReturn
 
-_CLONE_NEWNS = 0x20000
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
 _STAGE = "/tmp"  # noqa: S108  # exists on every host (bubblewrap needs it too) and is covered for us alone
-_PIPE_BYTES = 65536
 _TIED_SECONDS = 10  # bounds a wait of some milliseconds where the kernel does not tell
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def start() -> NoReturn:
+    complaining(main)
+
+
+def complaining(main: Callable[[], NoReturn]) -> NoReturn:
+    """No path of the host is in the complaint: others than the operator may read it."""
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"sandbox: {error.strerror}")
+
+
 def main() -> NoReturn:
     order = begin()
     gate = _open_gate()
+    _enter_namespaces(order)
+    _stage_all(order)
     if order["become"] is not None:
-        _stage_all(order)
         become(order["become"])
     end_with(order["parent"])
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
     report = _limit_first_process(order["limits"], gate)
     options = [*order["compartment"], *_root(order), "--info-fd", report, "--block-fd", str(gate)]
     os.set_inheritable(gate, True)
-    # Secrets for the server pass through a pipe: arguments can be read by everyone on the host.
-    arguments = ("bwrap", "--args", _pipe("\0".join(options).encode()), "--", *order["argv"])
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and it would be inherited
-        signal.signal(ignored, signal.SIG_DFL)
+    # Secrets for the server pass through a file of no name: arguments can be read by everyone on the host.
+    arguments = ("bwrap", "--args", _file("\0".join(options).encode()), "--", *order["argv"])
+    default_signals()
     environment = {"LD_LIBRARY_PATH": order["libraries"]} if order["libraries"] else {}
     os.execve(order["binary"], arguments, environment)  # noqa: S606  # a shell is the last thing wanted
 
 
 def begin() -> dict[str, Any]:
-    """Let go of what is the service's; what it ordered."""
-    order: dict[str, Any] = json.loads(os.environ["BULKHEAD_SANDBOX"])
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    """Join the control groups and let go of what is the service's; what it ordered."""
+    order: dict[str, Any] = marshal.loads(bytes.fromhex(os.environ["BULKHEAD_SANDBOX"]))  # noqa: S302  # the service's
+    for folder in order["cgroup"]:
+        _write(f"{folder}/cgroup.procs", "0")
+    _write("/proc/self/oom_score_adj", "500")  # where memory runs out, a server goes before the service
+    kept = 2 if order["channel"] is None else order["channel"]
+    os.closerange(3, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # a group that the guard may kill: not the service's
     return order
+
+
+def _enter_namespaces(order: dict[str, Any]) -> None:
+    """A mount namespace and a network namespace, without which no server starts: it would be in the host's."""
+    user, group = os.geteuid(), os.getegid()
+    is_root = order["become"] is not None
+    unshare(CLONE_NEWNS | _CLONE_NEWNET | (0 if is_root else _CLONE_NEWUSER))
+    if not is_root:  # who has all rights in the namespaces, until bubblewrap begins, and is the same user
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"{user} {user} 1")
+        _write("/proc/self/gid_map", f"{group} {group} 1")
+    if order["channel"] is not None:
+        if TYPE_CHECKING:
+            from app.sandbox import doors  # noqa: PLC0415  # only a server with a network waits for its imports
+        else:
+            import doors  # noqa: PLC0415  # the same
+        doors.hand_out(order["channel"], order["listen"])
 
 
 def _root(order: dict[str, Any]) -> list[str]:
@@ -69,36 +107,52 @@ def _root(order: dict[str, Any]) -> list[str]:
     for source, target, writable in order["mounts"]:
         options += ["--bind" if writable else "--ro-bind", source, target]
     for target, text in order["files"].items():
-        options += ["--perms", "0444", "--file", _pipe(text.encode()), target]
-    options += ["--remount-ro", "/", "--remount-ro", "/dev", "--chdir", order["working_directory"]]
-    return [*options, "--seccomp", _pipe(base64.b64decode(order["system_calls"]))]
+        options += ["--perms", "0444", "--file", _file(text.encode()), target]
+    options += ["--remount-ro", "/", "--chdir", order["working_directory"]]
+    return [*options, "--seccomp", _file(order["system_calls"])]
 
 
 def _stage_all(order: dict[str, Any]) -> None:
-    sources = [order["binary"], order["libraries"] or order["binary"], *(mount[0] for mount in order["mounts"])]
-    order["binary"], libraries, *mounts = stage(sources, _STAGE)
+    """Replace each source by the place where it is staged."""
+    binary, libraries = order["binary"], order["libraries"] or order["binary"]
+    places = stage([binary, libraries, *(mount[0] for mount in order["mounts"])], _STAGE, owner=order["become"])
+    order["binary"], libraries, *mounts = places
     order["libraries"] = libraries if order["libraries"] else None
-    order["mounts"] = [[place, *mount[1:]] for place, mount in zip(mounts, order["mounts"], strict=True)]
+    order["mounts"] = [(place, *mount[1:]) for place, mount in zip(mounts, order["mounts"], strict=True)]
 
 
-def stage(sources: list[str], folder: str) -> list[str]:
-    """Bind every source below a `folder` of our own and tell where; nobody but us sees this."""
-    check(_libc.unshare(_CLONE_NEWNS), "unshare")
+def stage(sources: list[str | tuple[int, int]], folder: str, *, owner: int | None = None) -> list[str]:
+    """Show every source below a `folder` of our own and tell where; nobody but us sees this.
+
+    A source is a path, or how many bytes and files an empty folder of the owner has room for.
+    """
     _mount("none", "/", _MS_REC | _MS_PRIVATE)
     # Pinned before the folder is covered: a source may lie there.
-    pinned = [os.open(source, os.O_PATH | os.O_CLOEXEC) for source in sources]
-    _mount("tmpfs", folder, _MS_NOSUID | _MS_NODEV, kind=b"tmpfs", data=b"mode=0711,size=1m")
-    return [_bind(source, f"{folder}/{number}") for number, source in enumerate(pinned)]
+    pinned = [os.open(each, os.O_PATH | os.O_CLOEXEC) if isinstance(each, str) else each for each in sources]
+    _mount("tmpfs", folder, _MS_NOSUID | _MS_NODEV, "mode=0711,size=1m")
+    places = [f"{folder}/{number}" for number in range(len(pinned))]
+    for source, place in zip(pinned, places, strict=True):
+        if isinstance(source, int):
+            _bind(source, place)
+        else:
+            _make_room(place, *source, owner)
+    return places
 
 
-def _bind(source: int, place: str) -> str:
+def _bind(source: int, place: str) -> None:
     if stat.S_ISDIR(os.fstat(source).st_mode):
-        os.mkdir(place)  # noqa: PTH102  # pathlib costs a third of the start of this script
+        os.mkdir(place)  # noqa: PTH102  # pathlib costs a third of the start
     else:
         os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
     _mount(f"/proc/self/fd/{source}", place, _MS_BIND | _MS_REC)
     os.close(source)
-    return place
+
+
+def _make_room(place: str, size: int, files: int, owner: int | None) -> None:
+    uid, gid = (os.geteuid(), os.getegid()) if owner is None else (owner, owner)
+    os.mkdir(place)  # noqa: PTH102  # as above
+    options = f"mode=0700,size={size},nr_inodes={files},uid={uid},gid={gid}"
+    _mount("tmpfs", place, _MS_NOSUID | _MS_NODEV, options)
 
 
 def become(uid: int) -> None:
@@ -109,7 +163,7 @@ def become(uid: int) -> None:
 
 def end_with(parent: int) -> None:
     """Be killed when the parent dies; go now if it already has."""
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         sys.exit("sandbox: not started by the process that asked for it")
 
@@ -176,8 +230,10 @@ def _end(launcher: int, first: int | None) -> None:
     """The group holds what bubblewrap has made until it enters a session of its own, after the gate."""
     for kill, target in ((os.killpg, launcher), (os.kill, first)):
         if target is not None:
-            with contextlib.suppress(ProcessLookupError):
-                kill(target, signal.SIGKILL)
+            try:  # noqa: SIM105  # contextlib is among what takes too long to import
+                kill(target, _SIGKILL)
+            except ProcessLookupError:
+                pass
 
 
 def _reported_pid(report: int) -> int:
@@ -187,7 +243,8 @@ def _reported_pid(report: int) -> int:
         if not chunk:
             raise EOFError
         text += chunk
-    return int(json.loads(text)["child-pid"])
+    number = text.partition(b'"child-pid":')[2].split(b",", 1)[0]  # of JSON, which would take a third of the start
+    return int(number.strip(b" \n}"))
 
 
 def _limit(pid: int, limits: dict[str, int]) -> None:
@@ -198,20 +255,35 @@ def _limit(pid: int, limits: dict[str, int]) -> None:
         resource.prlimit(pid, which, (value, value))
 
 
-def _pipe(data: bytes) -> str:
-    """The number of an inheritable fd that yields `data` and then ends."""
-    if len(data) > _PIPE_BYTES:
-        sys.exit("sandbox: a file or the list of arguments is too long")
-    reading, writing = os.pipe()
-    os.write(writing, data)
-    os.close(writing)
-    os.set_inheritable(reading, True)
-    return str(reading)
+def _file(data: bytes) -> str:
+    """The number of an inheritable fd that yields `data` and then ends.
+
+    A file and no pipe: what the pipes of a user hold is bounded for all of them together.
+    """
+    file = os.memfd_create("order", 0)
+    os.write(file, data)
+    os.lseek(file, 0, os.SEEK_SET)
+    return str(file)
 
 
-def _mount(source: str, target: str, flags: int, *, kind: bytes | None = None, data: bytes | None = None) -> None:
-    done = _libc.mount(source.encode(), target.encode(), kind, ctypes.c_ulong(flags), data)
-    check(done, "mount")
+def default_signals() -> None:
+    """Python ignores these, and what it becomes would inherit that."""
+    for number in (_SIGPIPE, _SIGXFSZ):
+        _libc.signal(number, None)
+
+
+def unshare(flags: int) -> None:
+    check(_libc.unshare(flags), "unshare")
+
+
+def _mount(source: str, target: str, flags: int, options: str | None = None) -> None:
+    kind, data = (b"tmpfs", options.encode()) if options is not None else (None, None)
+    check(_libc.mount(source.encode(), target.encode(), kind, ctypes.c_ulong(flags), data), "mount")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:  # noqa: PTH123  # as above
+        file.write(text)
 
 
 def prctl(option: int, value: int) -> None:
@@ -223,10 +295,3 @@ def check(result: int, call: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"sandbox: {error.strerror}")

@@ -34,7 +34,7 @@ _GVISOR = "the kernel is gVisor, under which no backend has been proven"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """`reason` may be shown to anyone; `remedy` is the operator's, the exact fix to make. Both empty when ok.
+    """`reason` may be shown to anyone; `remedy` is the exact fix to make. Both empty when ok.
 
     `note` is what else an operator should know, also when ok.
     """

@@ -1,4 +1,4 @@
-"""What a program needs around it inside: an interpreter, its packages, the loader and the system's libraries."""
+"""What a program needs around it inside: an interpreter or a browser, the loader and the system's libraries."""
 
 from __future__ import annotations
 
@@ -7,26 +7,54 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from app.sandbox.contract import Mount, SandboxUnavailable
+from app.sandbox.contract import Limits, Mount, RuntimeName, SandboxUnavailable
 
+_MIB = 1 << 20
 _BASE = "/opt/python"
 _VENV = "/opt/venv"
+_NODE = "/opt/node"
+_CHROMIUM = "/opt/chromium"
+_TEMPORARY = "/tmp"  # noqa: S108  # the sandbox's own, which nobody else sees
 # Where the ABI of each platform says that the loader is; every dynamic program names it.
 _LOADERS = {"x86_64": "/lib64/ld-linux-x86-64.so.2", "aarch64": "/lib/ld-linux-aarch64.so.1"}
+# What the browser leaves alone then: its own sandbox, which needs namespaces that ours refuses; the graphics card;
+# UDP; and everything that it would ask of its makers' hosts.
+_BROWSER_ARGUMENTS = (
+    *("--headless", "--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
+    *("--no-first-run", "--no-default-browser-check", "--disable-breakpad", "--disable-crash-reporter"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-domain-reliability"),
+    *("--disable-sync", "--disable-extensions", "--disable-default-apps", "--metrics-recording-only"),
+)
+# The machine's own configuration names folders that do not exist inside.
+_FONTS = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd">
+<fontconfig>
+<dir>/usr/share/fonts</dir>
+<cachedir>/var/cache/fontconfig</cachedir>
+<cachedir>/tmp/fontconfig</cachedir>
+</fontconfig>
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A part of a Profile: `interpreter` is its path inside, the rest goes into the fields of the same name."""
+    """A part of a Profile: `interpreter` is its path inside, the rest goes into the fields of the same name.
+
+    `name` is the profile's `runtime`. `arguments` come first after the interpreter. `limits` are what it has been
+    seen to need; a server may need more.
+    """
 
     interpreter: str
     mounts: tuple[Mount, ...]
     files: Mapping[str, str]
     environment: Mapping[str, str]
+    name: RuntimeName = "python"
+    arguments: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
 
 @cache
@@ -42,14 +70,86 @@ def python() -> Runtime:
         mounts=(*_libraries(), *_interpreter(version), *_packages(version)),
         files={f"{_VENV}/pyvenv.cfg": f"home = {_BASE}/bin\ninclude-system-site-packages = false\n"},
         environment={
-            "HOME": "/tmp",  # noqa: S108  # the sandbox's own, which nobody else sees
-            "LANG": "C.UTF-8",
+            **_environment(f"{_VENV}/bin"),
             "LD_LIBRARY_PATH": f"{_BASE}/lib",
-            "PATH": f"{_VENV}/bin",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "TZ": "UTC",
         },
     )
+
+
+@cache
+def node(binary: Path) -> Runtime:
+    """Node.js, the one program and nothing that lies beside it: neither npm nor packages.
+
+    Raises SandboxUnavailable with the remedy where `binary` is no program.
+    """
+    program = _program(binary, "install Node.js 24.5 or later (an older one takes no proxy) and name its binary")
+    return Runtime(
+        name="node",
+        interpreter=f"{_NODE}/bin/node",
+        mounts=(*_libraries(), Mount(program, f"{_NODE}/bin/node")),
+        files={},
+        # Its TLS takes no configuration from /etc, and does not start where that is there but refused (Landlock).
+        environment={**_environment(f"{_NODE}/bin"), "NODE_USE_ENV_PROXY": "1", "OPENSSL_CONF": "/dev/null"},
+        # V8 makes 512 MiB writable for code, for the program and for each worker thread, and touches little of it.
+        limits=Limits(data_bytes=2048 * _MIB),
+    )
+
+
+@cache
+def chromium(binary: Path) -> Runtime:
+    """A headless shell of Chromium with the fonts of this machine; `arguments` are what it cannot start without.
+
+    Not the full browser: that begins with a unix socket, which no list of system calls allows. A profile names a
+    proxy (`--proxy-server`) and a folder (`--user-data-dir`, beneath /tmp) as well.
+    Raises SandboxUnavailable with the remedy where `binary` is no such program or there is no font.
+    """
+    remedy = "apt-get install --no-install-recommends chromium-headless-shell fonts-dejavu-core"
+    program = _program(_behind_wrapper(binary), remedy)
+    if "headless" not in program.name or not (program.parent / "icudtl.dat").is_file():
+        raise SandboxUnavailable(f"{binary.name} is no headless shell with its data beside it", remedy=remedy)
+    fonts = Path("/usr/share/fonts")
+    if not fonts.is_dir():
+        raise SandboxUnavailable("there are no fonts for the browser", remedy=remedy)
+    cached = Path("/var/cache/fontconfig")
+    return Runtime(
+        name="chromium",
+        interpreter=f"{_CHROMIUM}/{program.name}",
+        mounts=(
+            *_libraries(),
+            # Its data lies beside it, and it looks for that where it was started from.
+            Mount(program.parent, _CHROMIUM),
+            *(Mount(folder, str(folder)) for folder in (fonts, cached) if folder.is_dir()),
+        ),
+        files={"/etc/fonts/fonts.conf": _FONTS},
+        environment=_environment(_CHROMIUM),
+        arguments=_BROWSER_ARGUMENTS,
+        limits=Limits(
+            data_bytes=2048 * _MIB,
+            file_bytes=256 * _MIB,
+            open_files=1024,
+            processes=256,
+            tmp_bytes=256 * _MIB,
+            memory_bytes=2048 * _MIB,
+        ),
+    )
+
+
+def _environment(path: str) -> dict[str, str]:
+    return {"HOME": _TEMPORARY, "LANG": "C.UTF-8", "PATH": path, "TZ": "UTC"}
+
+
+def _program(binary: Path, remedy: str) -> Path:
+    program = Path(os.path.realpath(binary))
+    if not (program.is_file() and os.access(program, os.X_OK)):
+        raise SandboxUnavailable(f"{binary.name} is not installed", remedy=remedy)
+    return program
+
+
+def _behind_wrapper(binary: Path) -> Path:
+    """Debian starts its browser by a shell script, and inside there is no shell."""
+    program = Path("/usr/lib/chromium", binary.name)
+    return program if binary == Path("/usr/bin", binary.name) and program.is_file() else binary
 
 
 def _libraries() -> Iterator[Mount]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import marshal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyseccomp
 
-from app.sandbox import bubblewrap, landlock, runtimes
+from app.sandbox import bubblewrap, landlock, orders, runtimes
 from app.sandbox.contract import Launch, Limits, Mount, Profile, Sandbox
 from tests.sandbox.ground import LIMITS, UID, Ground, outcomes
 
@@ -35,16 +37,36 @@ def profile(*arguments: str, mounts: tuple[Mount, ...] = (), **others: Any) -> P
 
 
 def run(launch: Launch) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(launch.argv, env=launch.environment, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        launch.argv,
+        env=launch.environment,
+        pass_fds=launch.pass_fds,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def family(supervisor: int) -> list[psutil.Process]:
+    """Bubblewrap outside, bubblewrap inside and the program, once the guard has seen them tied and has gone."""
+    ours = psutil.Process(supervisor)
+    for _ in range(500):
+        found = [ours, *ours.children(recursive=True)]
+        if len(found) == 3:
+            break
+        time.sleep(0.01)
+    return found
 
 
 def order_of(launch: Launch) -> dict[str, Any]:
-    order: dict[str, Any] = json.loads(launch.environment["BULKHEAD_SANDBOX"])
+    order: dict[str, Any] = marshal.loads(bytes.fromhex(launch.environment[orders.NAME]))  # noqa: S302  # our own
     return order
 
 
 def altered(launch: Launch, **changes: object) -> Launch:
-    return Launch(launch.argv, {"BULKHEAD_SANDBOX": json.dumps(order_of(launch) | changes)})
+    order = marshal.dumps(order_of(launch) | changes)
+    return Launch(launch.argv, {orders.NAME: order.hex()}, launch.pass_fds)
 
 
 def no_filter() -> bytes:

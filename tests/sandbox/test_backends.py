@@ -20,10 +20,11 @@ from mcp import ClientSession, StdioServerParameters, stdio_client
 from mcp.types import CallToolResult, TextContent
 
 from app.policies.document import FilesystemServer
+from app.sandbox import orders
 from app.sandbox.contract import Launch, Mount, Sandbox
 from app.servers.filesystem import template
 from tests.sandbox import programs
-from tests.sandbox.ground import HERE, ROOT, UID, Ground
+from tests.sandbox.ground import HERE, ROOT, SERVICE_IS_ROOT, UID, Ground
 from tests.sandbox.programs import BACKENDS, altered, profile, run
 
 # Leaves a daemon in a session of its own behind, twice removed, and does not end itself.
@@ -70,7 +71,7 @@ def test_has_the_profiles_environment_and_nothing_of_the_services(
     code = "import os; print({name: value for name, value in os.environ.items() if name not in ('PWD', 'TMPDIR')})"
     launch = sandbox.launch(dataclasses.replace(profile("-c", code), environment={"DSN": "of-the-tenant"}))
     ran = run(Launch(launch.argv, {**os.environ, **launch.environment}))
-    assert ran.stdout == "{'DSN': 'of-the-tenant'}\n"
+    assert ran.stdout == "{'DSN': 'of-the-tenant'}\n", ran.stderr
 
 
 def test_shows_no_secret_of_a_profile_to_other_users_of_the_host(sandbox: Sandbox) -> None:
@@ -190,7 +191,7 @@ def test_does_not_start_under_another_parent(sandbox: Sandbox) -> None:
 def test_nothing_survives_when_the_service_is_killed(name: str, scratch: Path) -> None:
     nonce = uuid4().hex
     service = _service(name, DAEMON, nonce, scratch)
-    _until(lambda: len(_processes_of(nonce)) >= 6, "the program and its daemons are up")
+    _until(lambda: len(_processes_of(nonce)) >= 6 - _hidden(name), "the program and its daemons are up")
     service.kill()
     service.wait()
     _until_nothing_is_left(nonce, scratch)
@@ -224,11 +225,11 @@ def test_nothing_survives_a_kill_at_any_moment_of_the_start(name: str, scratch: 
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_ends_with_all_its_children_when_asked_to(sandbox: Sandbox, how: signal.Signals) -> None:
+def test_ends_with_all_its_children_when_asked_to(sandbox: Sandbox, name: str, how: signal.Signals) -> None:
     nonce = uuid4().hex
     launch = sandbox.launch(profile("-c", DAEMON, nonce))
     process = subprocess.Popen(launch.argv, env=launch.environment)
-    _until(lambda: len(_processes_of(nonce)) >= 5, "the program and its daemons are up")
+    _until(lambda: len(_processes_of(nonce)) >= 5 - _hidden(name), "the program and its daemons are up")
     process.send_signal(how)
     process.wait(5)
     _until_nothing_is_left(nonce)
@@ -252,6 +253,11 @@ def _service(name: str, code: str, nonce: str, scratch: Path) -> subprocess.Pope
     return service
 
 
+def _hidden(name: str) -> int:
+    """Landlock's launcher and guard hide their environment from their own user, and so from us if we are no root."""
+    return 2 if name == "landlock" and not SERVICE_IS_ROOT else 0
+
+
 def _processes_of(nonce: str) -> list[psutil.Process]:
     """By their arguments, or the launcher's environment; not the dead that nobody has waited for."""
     return [process for process in psutil.process_iter() if _is_of(process, nonce)]
@@ -259,7 +265,7 @@ def _processes_of(nonce: str) -> list[psutil.Process]:
 
 def _is_of(process: psutil.Process, nonce: str) -> bool:
     try:
-        return nonce in process.cmdline() or nonce in process.environ().get("BULKHEAD_SANDBOX", "")
+        return nonce in process.cmdline() or nonce.encode().hex() in process.environ().get(orders.NAME, "")
     except psutil.Error:
         return False
 
@@ -267,7 +273,7 @@ def _is_of(process: psutil.Process, nonce: str) -> bool:
 def _until_nothing_is_left(nonce: str, scratch: Path | None = None) -> None:
     _until(lambda: not _processes_of(nonce), "all have ended")
     if scratch is not None:
-        assert list(scratch.iterdir()) == []
+        _until(lambda: list(scratch.iterdir()) == [], "no file is left")
 
 
 def _until(condition: Callable[[], bool], expectation: str) -> None:

@@ -8,13 +8,12 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 
 from app.sandbox import bubblewrap
-from app.sandbox.contract import Limits, Mount
+from app.sandbox.contract import Limits, Mount, Scratch
 from tests.sandbox.ground import LIMITS, SERVICE_IS_ROOT, UID, Ground
-from tests.sandbox.programs import altered, attacked, attacking, no_filter, order_of, profile, run
+from tests.sandbox.programs import altered, attacked, attacking, family, no_filter, order_of, outcome, profile, run
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +29,7 @@ def test_is_nobody_special_on_the_host(sandbox: bubblewrap.Bubblewrap) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        programs = psutil.Process(process.pid).children(recursive=True)
+        _, *programs = family(process.pid)
         seen = [(_status(program.pid), _namespaces(program.pid)) for program in programs]
         supervisor = _status(process.pid)
         process.stdin.close()
@@ -109,10 +108,19 @@ SYSTEM_CALLS = (
     "trace_a_child",
     "turn_off_address_randomisation",
 )
+# Does what no limit of a process counts: the zeros of that device are shared, like any file that is mapped so.
+SHARE_ZEROS = """
+import mmap, os
+with mmap.mmap(os.open("/dev/zero", os.O_RDWR), 192 << 20, flags=mmap.MAP_SHARED) as memory:
+    for offset in range(0, len(memory), mmap.PAGESIZE):
+        memory[offset] = 1
+print("succeeded")
+"""
 LIMITED = {
     "burn_the_processor": "cpu_seconds",
     "fill_shared_memory": "tmp_bytes",
     "fill_tmp": "tmp_bytes",
+    "flood_tmp_with_empty_files": "tmp_files",
     "fork_bomb": "processes",
     "memory_bomb": "data_bytes",
     "open_many_files": "open_files",
@@ -122,8 +130,8 @@ LIMITED = {
 
 @pytest.mark.parametrize("attack", SYSTEM_CALLS)
 def test_the_filter_alone_stops(attack: str, sandbox: bubblewrap.Bubblewrap, ground: Ground) -> None:
-    unfiltered = dataclasses.replace(sandbox, system_calls=no_filter())
-    assert attacked(unfiltered, attack, ground) == "succeeded"
+    launch = sandbox.launch(attacking(attack, ground))
+    assert outcome(altered(launch, system_calls=no_filter()), attack) == "succeeded"
 
 
 @pytest.mark.parametrize(("attack", "limit"), LIMITED.items())
@@ -138,3 +146,71 @@ def test_the_read_only_mount_alone_stops_a_write(sandbox: bubblewrap.Bubblewrap,
     mounts = (*attacking(attack, ground).mounts, writable)
     assert attacked(sandbox, attack, ground, mounts=mounts) == "succeeded"
     assert "Read-only" in attacked(sandbox, attack, ground)
+
+
+def test_the_missing_device_alone_stops_memory_that_nothing_counts(sandbox: bubblewrap.Bubblewrap) -> None:
+    launch = sandbox.launch(profile("-c", SHARE_ZEROS, limits=Limits(**LIMITS)))
+    assert "FileNotFoundError" in run(launch).stderr
+    compartment = [*order_of(launch)["compartment"], "--dev-bind", "/dev/zero", "/dev/zero"]
+    assert run(altered(launch, compartment=compartment)).stdout == "succeeded\n"
+
+
+def test_the_network_namespace_alone_keeps_it_from_the_hosts_ports(
+    sandbox: bubblewrap.Bubblewrap, ground: Ground
+) -> None:
+    attack = "connect_to_a_host_port"
+    unfiltered = altered(sandbox.launch(attacking(attack, ground)), system_calls=no_filter())
+    assert outcome(unfiltered, attack).startswith("refused")
+    *python, _, folder, module = unfiltered.argv
+    code = "import sys; sys.path.append(sys.argv[1]); import launcher; launcher._CLONE_NEWNET = 0; launcher.start()"
+    in_the_hosts = dataclasses.replace(unfiltered, argv=(*python, code, folder, module))
+    assert outcome(in_the_hosts, attack) == "succeeded"
+
+
+# --- folders of its own
+
+FILL = """
+import os, sys
+folder = sys.argv[1]
+print(oct(os.stat(folder).st_mode & 0o777), os.stat(folder).st_uid, os.listdir(folder))
+for file in range(64):
+    try:
+        os.close(os.open(f"{folder}/{file}", os.O_CREAT | os.O_WRONLY))
+    except OSError as error:
+        print(file, error.strerror)
+        break
+os.truncate(f"{folder}/0", 0)
+try:
+    with open(f"{folder}/0", "wb", buffering=0) as big:
+        print(sum(big.write(bytes(4096)) for _ in range(512)))
+except OSError as error:
+    print(os.stat(f"{folder}/0").st_size, error.strerror)
+"""
+
+
+def test_a_scratch_is_empty_ones_own_and_bounded_in_bytes_and_files(
+    sandbox: bubblewrap.Bubblewrap, folder: Path
+) -> None:
+    within = folder / "around"
+    (within / "cache").mkdir(parents=True)
+    within.chmod(0o755)
+    mounts = (Mount(within, "/around"),)
+    for target in ("/scratch", "/around/cache"):
+        room = (Scratch(target, bytes=1 << 20, files=16),)
+        ran = run(sandbox.launch(profile("-c", FILL, target, mounts=mounts, scratch=room)))
+        assert ran.stdout.splitlines() == [
+            "0o700 1000 []",
+            "15 No space left on device",
+            "1048576 No space left on device",
+        ]
+    assert list((within / "cache").iterdir()) == []
+
+
+def test_joins_its_control_groups_before_anything_else(sandbox: bubblewrap.Bubblewrap, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.procs").touch()
+    asked = profile("-c", "print('ran')", cgroup=(tmp_path,))
+    assert run(sandbox.launch(asked)).stdout == "ran\n"
+    assert (tmp_path / "cgroup.procs").read_text() == "0"
+    absent = dataclasses.replace(asked, cgroup=(tmp_path, tmp_path / "absent"))
+    ran = run(sandbox.launch(absent))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "sandbox: No such file or directory\n")
