@@ -42,6 +42,11 @@ async def set_tenant_status(session: AsyncSession, tenant_id: UUID, status: str)
     return before
 
 
+async def lock(session: AsyncSession, tenant_id: UUID) -> None:
+    """Let no other who locks the tenant, or changes its generation, go on before this transaction ends."""
+    await session.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
+
+
 async def bump_generation(session: AsyncSession, tenant_id: UUID) -> None:
     """Make every cache of this tenant stale once the transaction commits."""
     await session.execute(update(Tenant).where(Tenant.id == tenant_id).values(generation=Tenant.generation + 1))

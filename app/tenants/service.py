@@ -123,6 +123,7 @@ async def set_user_active(
     """Disable or enable a user; runs in flight stop within a second. Raise NotFound."""
     kind = EventType.USER_ENABLED if is_active else EventType.USER_DISABLED
     async with database.transaction(tenant_id) as session:
+        await repository.bump_generation(session, tenant_id)  # the user's live servers end by it
         before = await repository.set_user_disabled(session, user_id, is_disabled=not is_active)
         data = {"user_id": user_id, "before": {"disabled": before}, "after": {"disabled": not is_active}}
         await audit.append(session, tenant_id, Event(kind, actor_id=actor_id, data=data))

@@ -15,7 +15,7 @@ import pytest
 from anyio import to_thread
 
 from app.errors import AppError
-from app.tenants import beneath, uploads, workspaces
+from app.tenants import beneath, folders, uploads
 from app.tenants.uploads import TooManyUploads, UploadTooSlow
 from app.tenants.workspaces import TooManyWorkspaces, WorkspaceFull, WorkspaceStore
 from tests.service import Service, Tenant
@@ -79,7 +79,7 @@ async def hanging(store: WorkspaceStore, count: int, size: int = 1) -> AsyncIter
 
 
 def staged(store: WorkspaceStore) -> list[str]:
-    return os.listdir(store.directory(TENANT, "docs").parent / workspaces.STAGING)  # noqa: PTH208  names are enough
+    return os.listdir(store.directory(TENANT, "docs").parent / folders.STAGING)  # noqa: PTH208  names are enough
 
 
 # How much
@@ -141,7 +141,7 @@ async def test_a_tenant_that_waits_for_its_turn_holds_up_no_other(store: Workspa
     await put(store, "a", tenant_id=OTHER)
     for number in range(60):
         await put(store, f"{number}")
-    held = os.open(store.directory(TENANT, "docs").parent / workspaces.STAGING, beneath.DIRECTORY)
+    held = os.open(store.directory(TENANT, "docs").parent / folders.STAGING, beneath.DIRECTORY)
     fcntl.flock(held, fcntl.LOCK_EX)  # as another process would
     waiting = [
         asyncio.create_task(store.delete(TENANT, "docs", path=f"{number}", recorded=nullcontext()))
@@ -279,7 +279,7 @@ async def test_uploads_that_hang_are_few_and_hold_no_connection_to_the_database(
     tenant = await service.new_tenant(policy=None)
     bodies = [Hanging() for _ in range(uploads.AT_ONCE)]
     tasks = [asyncio.create_task(_send(tenant, f"{number}", body)) for number, body in enumerate(bodies)]
-    under_way = service.data_dir / "workspaces" / tenant.id / workspaces.STAGING
+    under_way = service.data_dir / "workspaces" / tenant.id / folders.STAGING
     async with asyncio.timeout(10):
         while not under_way.exists() or len(list(under_way.iterdir())) < uploads.AT_ONCE:  # noqa: ASYNC110  a test may look
             await asyncio.sleep(0.02)
@@ -307,4 +307,4 @@ async def test_an_upload_that_takes_too_long_is_told_so(service: Service, monkey
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"upload_too_slow" in answer
     writer.close()
-    assert not list((service.data_dir / "workspaces" / tenant.id / workspaces.STAGING).iterdir())
+    assert not list((service.data_dir / "workspaces" / tenant.id / folders.STAGING).iterdir())

@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.errors import AppError, Conflict, Invalid, NotFound, TooLarge
-from app.tenants import beneath, workspaces
+from app.tenants import beneath, downloads, folders, workspaces
 from app.tenants.workspaces import WorkspaceFull, WorkspaceStore
 
 TENANT, OTHER = uuid4(), uuid4()
@@ -97,7 +97,7 @@ async def test_a_file_comes_back_as_it_was_sent(store: WorkspaceStore) -> None:
 async def test_nothing_is_served_as_what_a_browser_would_run(store: WorkspaceStore, name: str) -> None:
     await _put(store, name, b"<script>")
     assert (await store.read(TENANT, "docs", path=name)).media_type == "application/octet-stream"
-    assert workspaces.media_type("x.MD") == "text/plain; charset=utf-8"
+    assert downloads.media_type("x.MD") == "text/plain; charset=utf-8"
 
 
 async def test_pages_follow_one_another_in_order(store: WorkspaceStore) -> None:
@@ -302,7 +302,7 @@ async def test_a_file_that_is_too_big_leaves_nothing(store: WorkspaceStore, docs
     with pytest.raises(TooLarge):
         await store.write(TENANT, "docs", path="a.txt", content=_stream(*[b"y" * 100] * 11), recorded=nullcontext())
     assert await _get(store, "a.txt") == b"x" * 1000
-    assert _names(docs.parent / workspaces.STAGING) == []
+    assert _names(docs.parent / folders.STAGING) == []
 
 
 async def test_nobody_sees_half_a_file(store: WorkspaceStore, docs: Path) -> None:
@@ -328,11 +328,11 @@ async def test_an_upload_that_breaks_off_changes_nothing(store: WorkspaceStore, 
     with pytest.raises(EOFError):
         await store.write(TENANT, "docs", path="a.txt", content=breaking(), recorded=nullcontext())
     assert await _get(store, "a.txt") == b"old"
-    assert _names(docs.parent / workspaces.STAGING) == []
+    assert _names(docs.parent / folders.STAGING) == []
 
 
 async def test_what_a_dead_process_left_is_swept(store: WorkspaceStore, docs: Path) -> None:
-    stale, young = (docs.parent / workspaces.STAGING / f".bulkhead-{age}" for age in ("stale", "young"))
+    stale, young = (docs.parent / folders.STAGING / f".bulkhead-{age}" for age in ("stale", "young"))
     stale.touch()
     young.touch()
     os.utime(stale, (0, time.time() - workspaces.STALE_SECONDS - 60))
@@ -436,7 +436,7 @@ async def test_a_workspace_is_its_owners_alone(passable: Path) -> None:
     assert _can(OWNER, "cat", file)
     assert _can(OWNER, "touch", docs / "a" / "c.txt", docs / "d.txt", file)
     assert not _can(OWNER, "ls", docs.parent)
-    assert not _can(OWNER, "ls", docs.parent / workspaces.STAGING)
+    assert not _can(OWNER, "ls", docs.parent / folders.STAGING)
     assert not _can(STRANGER, "cat", file)
     assert not _can(STRANGER, "ls", docs)
     for opened, mode in ((docs, 0o755), (docs / "a", 0o755), (file, 0o644)):
