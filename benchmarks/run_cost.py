@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="profile the API process instead")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwind as for Ctrl-C: nothing is left running
-    with _workplace() as work, stub_model(work) as model_url:
+    with workplace() as work, stub_model(work) as model_url:
         if given.profile:
             asyncio.run(profiling.run(work, model_url, queries=given.queries, concurrency=_CONCURRENCY))
         else:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 @contextmanager
-def _workplace() -> Iterator[Path]:
+def workplace() -> Iterator[Path]:
     """On the disk of the source and not in /tmp, which may be memory, where a commit costs nothing."""
     _RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_RESULTS, prefix="run-") as work:

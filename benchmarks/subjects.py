@@ -120,12 +120,13 @@ class Bulkhead:
         self._env = read_env(data / ENV_FILE)
         self._journal = data / "servers" / self._env["BULKHEAD_DEMO_TENANT"] / "docs.stderr"
 
-    async def prepare(self, documents: Documents) -> None:
+    async def prepare(self, documents: Documents, *, isolation: str = "tenant") -> None:
         """Upload the documents and publish the benchmark's policy, as the demo tenant's admin."""
         async with self._client("BULKHEAD_ADMIN_KEY") as admin:
             for name, text in documents.texts.items():
                 _checked(await admin.put(f"/v1/workspaces/docs/files/{name}", content=text.encode()))
-            created = _checked(await admin.post("/v1/policies", content=_POLICY.encode()))
+            policy = _POLICY.replace("root: docs,", f"root: docs, isolation: {isolation},")
+            created = _checked(await admin.post("/v1/policies", content=policy.encode()))
             _checked(await admin.post(f"/v1/policies/{created.json()['version']}/publish", json={}))
 
     async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
