@@ -133,6 +133,19 @@ async def _serve(settings: Settings, urls: DatabaseUrls, listener: socket.socket
 
 
 @cli.command()
+def egress() -> None:
+    """Be the egress relay at BULKHEAD_EGRESS_SOCKET, for a service in another container of the same user."""
+    settings = _settings()
+    if settings.egress_socket is None:
+        raise ConfigurationError("Set BULKHEAD_EGRESS_SOCKET; without it the service starts a relay itself.")
+    trusted = ["--ca", str(settings.server_ca_file.absolute())] if settings.server_ca_file is not None else []
+    where = ["--listen", str(settings.egress_socket.absolute())]
+    # A program of its own: it shall hold neither our environment nor what we have imported.
+    os.chdir(Path(__file__).parent.parent)
+    os.execve(sys.executable, [sys.executable, "-E", "-s", "-m", "app.egress", *where, *trusted], {})  # noqa: S606  the list is ours
+
+
+@cli.command()
 def migrate() -> None:
     """Bring the database's schema to what this version needs, as the owner role."""
     urls = _owner_urls(_settings())

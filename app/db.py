@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any, Final
 from uuid import UUID
 
 import uuid_utils.compat
 from sqlalchemy import DateTime, MetaData, Table, make_url, text
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
+from app.errors import ConfigurationError
 from app.settings import Settings
 
+_PORT: Final = 5432
 _SET_TENANT = text("select set_config('app.tenant_id', :tenant_id, true)")
 
 
@@ -35,6 +39,31 @@ class DatabaseUrls:
     def platform_role(self) -> str:
         """The role with policies of its own on named tables."""
         return make_url(self.platform).username or ""
+
+    def places(self) -> list[tuple[str, int]]:
+        """Every host and port that some role connects to. Raise ConfigurationError for a URL that names none.
+
+        A unix socket is no such place: no tool server sees one.
+        """
+        urls = filter(None, (self.owner, self.app, self.platform))
+        return list(dict.fromkeys(place for url in urls for place in _places(url)))
+
+
+def _places(url: str) -> list[tuple[str, int]]:
+    """As the driver is told them, for a URL has many ways to say it."""
+    with suppress(ArgumentError, ValueError):
+        parsed = make_url(url)
+        told = parsed.get_dialect()().create_connect_args(parsed)[1]
+        hosts, ports = _listed(told.get("host")), _listed(told.get("port"))
+        # Without a host, or by these, the driver looks elsewhere for where to connect.
+        if all(hosts) and not told.keys() & {"dsn", "service"}:
+            pairs = zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
+            return [(host, int(port or _PORT)) for host, port in pairs if not host.startswith("/")]
+    raise ConfigurationError("A database's URL must name its host, or the folder of its socket.")
+
+
+def _listed(told: Any) -> list[Any]:
+    return list(told) if isinstance(told, list | tuple) else [told]
 
 
 def database_urls(settings: Settings) -> DatabaseUrls | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -19,16 +21,33 @@ _ROUNDS_A_DAY: Final = 86_400 // _EVERY_S
 
 
 async def keep_house(pool: ServerPool, authenticator: Authenticator, platform: PlatformDatabase) -> None:
-    """Until cancelled: end idle servers, record counted refusals, and once a day make the months' partitions."""
+    """Until cancelled: end idle servers, measure the others, record counted refusals, make the months' partitions.
+
+    A chore that fails stops neither the others nor its own next time.
+    """
+    always = (partial(_evict, pool), pool.measure, authenticator.flush_failures)
     rounds = 0
     while True:
-        pool.evict()
-        try:
-            await authenticator.flush_failures()
-            if rounds % _ROUNDS_A_DAY == 0:
-                async with platform.transaction() as session:
-                    await session.execute(text("select bulkhead_ensure_partitions(3)"))
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
-            _log.warning("housekeeping.database_unavailable", error=type(error).__name__)
+        daily = (partial(_make_partitions, platform),) if rounds % _ROUNDS_A_DAY == 0 else ()
+        for chore in (*always, *daily):
+            await _attempt(chore)
         rounds += 1
         await asyncio.sleep(_EVERY_S)
+
+
+async def _attempt(chore: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await chore()
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        _log.warning("housekeeping.database_unavailable", error=type(error).__name__)
+    except Exception:  # noqa: BLE001  a server may have provoked it, and the house is kept for all the others
+        _log.exception("housekeeping.failed")
+
+
+async def _evict(pool: ServerPool) -> None:
+    pool.evict()
+
+
+async def _make_partitions(platform: PlatformDatabase) -> None:
+    async with platform.transaction() as session:
+        await session.execute(text("select bulkhead_ensure_partitions(3)"))

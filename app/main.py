@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-import httpx
 import structlog
+from anyio import to_thread
 from fastapi import FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import default as http_metrics
@@ -42,12 +42,20 @@ from app.runs.journal import Journal
 from app.runs.redaction import Redactor
 from app.runs.service import RunService
 from app.runs.watch import Watch
+from app.sandbox import cgroup_search
+from app.sandbox.cgroup_search import NoCgroups
 from app.sandbox.choice import ProbedSandbox
+from app.servers import endpoints as server_endpoints
+from app.servers.egress import Egress
 from app.servers.pool import ServerPool
+from app.servers.relay import EgressRelay
+from app.servers.starting import Starter
 from app.servers.tenant_servers import TenantServers
 from app.settings import Settings
 from app.telemetry.metrics import count_query
 from app.tenants import endpoints as tenant_endpoints
+from app.tenants.images import Size
+from app.tenants.volumes import Volumes
 from app.tenants.workspaces import WorkspaceStore
 
 _log = structlog.get_logger()
@@ -57,6 +65,7 @@ _ROUTERS: Final = (
     *tenant_endpoints.routers,
     auth_endpoints.router,
     audit_endpoints.router,
+    server_endpoints.router,
     operations.router,
 )
 
@@ -102,11 +111,18 @@ def _build(
     # The demo's model is on loopback; the key sets that tenants name never are, unless an operator says so.
     key_client = outbound_client(allow_loopback=settings.jwks_loopback)
     remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
-    serving = _build_servers(settings, database, sandbox)
+    redact = Redactor(_unspeakable(settings, models))
+    relay = EgressRelay(path=settings.egress_socket, ca_file=settings.server_ca_file)
+    egress = _build_egress(settings, urls, relay, database, keyring)
+    serving = _build_servers(settings, database, sandbox, egress, redact)
+    chats = Chats(models, outbound, timeout_s=settings.model_timeout_s, retries=settings.model_retries)
     return {
         **serving,
-        **_build_runs(settings, database, watching, keyring, models, outbound, serving["servers"]),
+        **_build_runs(settings, database, watching, keyring, chats, serving, redact),
         "settings": settings,
+        "relay": relay,
+        "cgroups": NoCgroups("nothing has been started yet"),
+        "background": (),
         "sandbox": sandbox,
         "database": database,
         "platform": platform,
@@ -122,25 +138,51 @@ def _build(
     }
 
 
-def _build_servers(settings: Settings, database: Database, sandbox: ProbedSandbox) -> dict[str, Any]:
+def _build_egress(
+    settings: Settings, urls: DatabaseUrls, relay: EgressRelay, database: Database, keyring: Keyring
+) -> Egress:
+    return Egress(
+        relay=relay,
+        database=database,
+        keyring=keyring,
+        private_networks={name: [*map(str, found)] for name, found in settings.egress_private_networks.items()},
+        own=[(settings.host, settings.port), *urls.places()],
+    )
+
+
+def _build_servers(
+    settings: Settings, database: Database, sandbox: ProbedSandbox, egress: Egress, redact: Redactor
+) -> dict[str, Any]:
     data_dir = settings.data_dir.resolve()
+    volumes = Volumes(
+        data_dir / "workspaces",
+        data_dir / "volumes",
+        quota=settings.workspace_quota,
+        size=Size(settings.workspace_volume_bytes, settings.workspace_volume_files),
+    )
     workspaces = WorkspaceStore(
         data_dir / "workspaces",
         max_workspaces=settings.workspaces_max,
         max_file_bytes=settings.workspace_max_file_bytes,
         max_total_bytes=settings.workspace_max_bytes,
         max_files=settings.workspace_max_files,
+        volumes=volumes,
     )
-    pool = ServerPool(maximum=settings.servers_max, idle_s=settings.servers_idle_s)
-    servers = TenantServers(
+    pool = ServerPool(
+        maximum=settings.servers_max, per_tenant=settings.servers_per_tenant, idle_s=settings.servers_idle_s
+    )
+    starter = Starter(
         database=database,
         sandbox=sandbox,
-        pool=pool,
         workspaces=workspaces,
+        egress=egress,
         logs=data_dir / "servers",
-        start_timeout_s=settings.server_start_timeout_s,
+        timeout_s=settings.server_start_timeout_s,
+        ca_file=settings.server_ca_file,
     )
-    return {"workspaces": workspaces, "pool": pool, "servers": servers}
+    wait_s = settings.server_start_timeout_s
+    servers = TenantServers(database=database, starter=starter, pool=pool, wait_s=wait_s, redact=redact)
+    return {"workspaces": workspaces, "pool": pool, "starter": starter, "servers": servers}
 
 
 def _build_runs(
@@ -148,21 +190,23 @@ def _build_runs(
     database: Database,
     watching: PlatformDatabase,
     keyring: Keyring,
-    models: ModelCatalogue,
-    outbound: httpx.AsyncClient,
-    servers: TenantServers,
+    chats: Chats,
+    serving: Mapping[str, Any],
+    redact: Redactor,
 ) -> dict[str, Any]:
     journal = Journal(database)
     executor = Executor(
         journal=journal,
-        chats=Chats(models, outbound, timeout_s=settings.model_timeout_s, retries=settings.model_retries),
-        servers=servers,
-        redact=Redactor(_unspeakable(settings, models)),
+        chats=chats,
+        servers=serving["servers"],
+        redact=redact,
         tool_timeout_s=settings.tool_timeout_s,
     )
     lease_s = settings.run_lease_s
     runs = RunService(database=database, keyring=keyring, journal=journal, executor=executor, lease_s=lease_s)
-    watch = Watch(platform=watching, executor=executor, every_s=settings.run_watch_s, lease_s=lease_s)
+    watch = Watch(
+        platform=watching, executor=executor, pool=serving["pool"], every_s=settings.run_watch_s, lease_s=lease_s
+    )
     return {"runs": runs, "watch": watch}
 
 
@@ -173,7 +217,7 @@ def _keyring(settings: Settings) -> Keyring:
 
 
 def _unspeakable(settings: Settings, models: ModelCatalogue) -> list[str]:
-    """What no tool result may carry to a model: our secrets, and where things lie on this host."""
+    """What no tool result may carry to a model and no stderr to an admin: our secrets, and where things lie here."""
     secrets = [secret.get_secret_value() for secret in (settings.metrics_token, settings.root_keys) if secret]
     return [*secrets, *(endpoint.api_key for endpoint in models.endpoints.values()), str(settings.data_dir.resolve())]
 
@@ -188,19 +232,43 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         stack.push_async_callback(state.watching.dispose)
         stack.push_async_callback(state.database.dispose)
         await _check_schema(state.platform)
-        stack.push_async_callback(state.pool.close)
-        for loop in (state.watch.keep(), keep_house(state.pool, state.authenticator, state.platform)):
-            stack.push_async_callback(_end, asyncio.create_task(loop))
+        stack.push_async_callback(state.workspaces.close)
+        await _check_quota(state.settings, state.workspaces)
+        # Before the relay: with version 2, other processes in the service's own group are in the way.
+        state.cgroups = await to_thread.run_sync(cgroup_search.find)
+        await stack.enter_async_context(state.relay)
+        stack.push_async_callback(state.servers.close)
+        await state.starter.open(state.cgroups or None)
+        state.background = (
+            asyncio.create_task(state.watch.keep(), name="watch"),
+            asyncio.create_task(keep_house(state.pool, state.authenticator, state.platform), name="housekeeping"),
+        )
+        for task in state.background:
+            task.add_done_callback(_tell_death)
+            stack.push_async_callback(_end, task)
         stack.push_async_callback(state.runs.close)
         if not state.sandbox.result:
             _log.error("sandbox.unavailable", reason=state.sandbox.result.reason, remedy=state.sandbox.result.remedy)
+        if not state.cgroups:
+            _log.warning("sandbox.no_cgroup", reason=state.cgroups.reason, remedy=state.cgroups.remedy)
         yield
+
+
+def _tell_death(task: asyncio.Task[None]) -> None:
+    """`/readyz` says no from now on: without it runs are not stopped, or servers not ended."""
+    if not task.cancelled():
+        _log.error("background.died", task=task.get_name(), exc_info=task.exception())
 
 
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait({task})
+
+
+async def _check_quota(settings: Settings, workspaces: WorkspaceStore) -> None:
+    """Who names `image` wants it or no service; `auto` is asked when a server shall write."""
+    if settings.workspace_quota == "image" and (reason := await workspaces.writable_refusal()):
+        raise ConfigurationError(f"BULKHEAD_WORKSPACE_QUOTA=image does not hold: {reason}. The log says what helps.")
 
 
 async def _check_schema(platform: PlatformDatabase) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import State
 
 from app.db import Database
 from app.errors import Unauthenticated
@@ -25,13 +26,29 @@ async def read_health() -> dict[str, str]:
 
 @router.get("/readyz", summary="The service can answer queries", responses={503: {"description": "Not ready"}})
 async def read_readiness(request: Request, response: Response) -> dict[str, Any]:
-    """Database and sandbox decide; models are named only, since theirs is not our readiness."""
+    """Database, sandbox and our own loops decide; models are named only, since theirs is not our readiness."""
     state = request.app.state
-    parts = {"database": await _answers(state.database), "sandbox": bool(state.sandbox.result)}
+    parts = {
+        "database": await _answers(state.database),
+        "sandbox": bool(state.sandbox.result),
+        "background": not any(task.done() for task in state.background),
+    }
     is_ready = all(parts.values())
     response.status_code = 200 if is_ready else 503
-    detail = {"backend": state.sandbox.name, "reason": state.sandbox.result.reason}
-    return {"ready": is_ready, **parts, "sandbox_detail": detail, "models": sorted(state.catalogue.endpoints)}
+    return {"ready": is_ready, **parts, "sandbox_detail": _sandbox(state), "models": sorted(state.catalogue.endpoints)}
+
+
+def _sandbox(state: State) -> dict[str, Any]:
+    """What holds, what is missing, and how to get it."""
+    result, groups = state.sandbox.result, state.cgroups
+    return {
+        "backend": state.sandbox.name,
+        "reason": result.reason,
+        "remedy": result.remedy,
+        "note": result.note,
+        "cgroup": {"available": bool(groups), "reason": getattr(groups, "reason", "")},
+        "egress": state.relay.is_up,
+    }
 
 
 @router.get("/metrics", summary="Prometheus metrics", responses=responses(401))

@@ -27,6 +27,7 @@ class Scope(StrEnum):
     POLICIES_PUBLISH = "policies:publish"
     WORKSPACES_READ = "workspaces:read"
     WORKSPACES_WRITE = "workspaces:write"
+    SERVERS_READ = "servers:read"
     USERS_READ = "users:read"
     USERS_WRITE = "users:write"
     KEYS_READ = "keys:read"
@@ -60,6 +61,7 @@ _TENANT_ADMIN: Final = (
         Scope.POLICIES_PUBLISH,
         Scope.WORKSPACES_READ,
         Scope.WORKSPACES_WRITE,
+        Scope.SERVERS_READ,
         Scope.USERS_WRITE,
         Scope.KEYS_WRITE,
         Scope.ISSUERS_WRITE,

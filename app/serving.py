@@ -32,6 +32,7 @@ async def serving(
 
     The lifespan is entered here and not by uvicorn, which would log its errors and say no more.
     """
+    settings = settings.model_copy(update={"port": listener.getsockname()[1]})  # which may have been any free one
     app = create_app(settings, urls=urls, sandbox=sandbox, rehearsal=rehearsal)
     runs: RunService = app.state.runs
     async with app.router.lifespan_context(app), listening(app, listener, drain_s=_DRAIN_S) as server:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # mcp-use would send queries and answers to two hosts, langsmith traces: both decide when they are imported.
@@ -64,14 +66,28 @@ class Settings(BaseSettings):
     # `auto` is bubblewrap where it holds, else Landlock where that holds, else no tool server starts.
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
     servers_max: Annotated[int, Field(ge=1)] = 64
+    servers_per_tenant: Annotated[int, Field(ge=1)] = 16
     servers_idle_s: Annotated[float, Field(gt=0)] = 300
     server_start_timeout_s: Annotated[float, Field(gt=0)] = 20
     tool_timeout_s: Annotated[float, Field(gt=0)] = 30
+    # A PEM bundle: the authorities that tool servers trust for https, instead of the public ones.
+    server_ca_file: FilePath | None = None
+
+    # Where `bulkhead egress` listens; without it the relay is a child of the service.
+    egress_socket: Path | None = None
+    # By template: networks that its servers may reach beside public addresses, where their policy names the host.
+    egress_private_networks: Mapping[str, tuple[IPv4Network | IPv6Network, ...]] = {}
 
     workspaces_max: Annotated[int, Field(ge=1)] = 20
     workspace_max_file_bytes: Annotated[int, Field(ge=1)] = 10_000_000
     workspace_max_bytes: Annotated[int, Field(ge=1)] = 1_000_000_000
     workspace_max_files: Annotated[int, Field(ge=1)] = 10_000
+    # What keeps servers that may write within bounds: `image` is a file system for each tenant, which takes root;
+    # `volume` is the operator's word that the data directory has one of its own. `auto` is image, or nobody writes.
+    workspace_quota: Literal["auto", "image", "volume"] = "auto"
+    # The size of a tenant's volume, where `image` holds; of one that is there already it says nothing.
+    workspace_volume_bytes: Annotated[int, Field(ge=8_000_000)] = 2_000_000_000
+    workspace_volume_files: Annotated[int, Field(ge=100)] = 50_000
 
     # How long a run outlives the last sign of its process, in seconds, by the database's clock.
     run_lease_s: Annotated[float, Field(ge=2)] = 6

@@ -74,6 +74,8 @@ ROLES: Final = {
     Operation("GET", "/v1/workspaces/{name}/files/{path:path}"): {ADMIN},
     Operation("DELETE", "/v1/workspaces/{name}/files/{path:path}"): {ADMIN},
     Operation("GET", "/v1/workspaces/{name}/files"): {ADMIN},
+    Operation("GET", "/v1/servers"): {ADMIN},
+    Operation("GET", "/v1/servers/{name}/stderr"): {ADMIN},
     Operation("POST", "/v1/keys"): {ADMIN, PLATFORM},
     Operation("GET", "/v1/keys"): {ADMIN, AUDITOR, PLATFORM},
     Operation("POST", "/v1/keys/{key_id}/rotate"): {ADMIN, PLATFORM},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -37,6 +38,12 @@ servers:
   docs: {template: filesystem, root: docs}
 tools: {allow: ["docs__*"]}
 """
+# Only root can make volumes; without them no server may write, and some tests have one that does.
+_SETTINGS: dict[str, Any] = {
+    "model_loopback": True,
+    "jwks_loopback": True,
+    "workspace_quota": "auto" if os.geteuid() == 0 else "volume",
+}
 DEFAULT_MODEL_POLICY = POLICY.replace("rehearsal", "default")
 
 
@@ -173,7 +180,7 @@ async def running_service(
         data_dir=data_dir,
         root_keys=SecretStr(new_entry("k1")),
         metrics_token=SecretStr(token),
-        **({"model_loopback": True, "jwks_loopback": True} | settings),
+        **(_SETTINGS | settings),
     )
     assert chosen.root_keys is not None
     owner = create_engine(urls.owner or "", pool_size=2)
@@ -181,9 +188,10 @@ async def running_service(
     await owner.dispose()
     async with AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(rehearsal())
+        listener = stack.enter_context(bound("127.0.0.1", 0))
+        chosen = chosen.model_copy(update={"port": listener.getsockname()[1]})
         app = create_app(chosen, urls=urls, sandbox=await choose(chosen.sandbox), rehearsal=endpoint)
         await stack.enter_async_context(app.router.lifespan_context(app))
-        listener = stack.enter_context(bound("127.0.0.1", 0))
         await stack.enter_async_context(listening(app, listener))
         stack.push_async_callback(app.state.runs.close)  # before the connections that wait for their answers
         url = url_of(listener)

@@ -44,6 +44,11 @@ class EventType(StrEnum):
     RUN_FINISHED = "run.finished"
     TOOL_DECIDED = "tool.decided"
     TOOL_FINISHED = "tool.finished"
+    SERVER_CRASH_LOOPING = "server.crash_looping"
+    EGRESS_OPENED = "egress.opened"
+    EGRESS_CLOSED = "egress.closed"
+    EGRESS_REFUSED = "egress.refused"
+    EGRESS_REFUSED_MORE = "egress.refused_more"
 
 
 @dataclass(frozen=True, slots=True)

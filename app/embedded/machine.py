@@ -24,11 +24,12 @@ from app.keyring import Keyring, new_entry
 from app.listening import bound, listening, url_of
 from app.outbound.catalogue import ModelEndpoint
 from app.settings import Settings
+from app.tenants.images import unmount_below
 
 _OWN: Final = "machine.env"
 _PLATFORM_KEY: Final = "BULKHEAD_PLATFORM_KEY"
 # What else a start may have left before it wrote _OWN, or `bulkhead serve` without ever writing it.
-_KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "servers"}
+_KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "volumes", "servers"}
 
 
 class Machine:
@@ -138,6 +139,10 @@ class Machine:
         """Delete the directory; nothing may run in it. Raise ConfigurationError for one that is not ours."""
         self.check_ours()
         if self.directory.exists():
+            try:
+                unmount_below(self.directory)  # what a service that was killed has left
+            except OSError as error:
+                raise ConfigurationError(f"{error.filename} is still in use: nothing was deleted.") from None
             shutil.rmtree(self.directory)
 
     def check_ours(self) -> None:

@@ -19,6 +19,8 @@ class BuiltIn(StrEnum):
     POLICY_ERROR = "policy_error"
     PATH = "path"
     EXTENSION = "extension"
+    URL = "url"
+    HOST = "host"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from app.errors import Fault, Invalid
 from app.policies import strict_yaml
+from app.policies.hosts import parse_host
 from app.policies.patterns import check_glob, compile_pattern
 
 # Keys of the full design that nothing enforces yet: refused by name, so that nobody believes in them.
@@ -30,13 +31,14 @@ _LATER: Final = {
     "tools": frozenset({"approve"}),
     "servers": frozenset(
         {
-            *("isolation", "command", "args", "env", "url", "headers"),
+            *("command", "args", "env", "url", "headers"),
             *("dsn", "allowed_schemas", "blocked_tables", "connect_timeout_s", "max_connections"),
             *("allowed_domains", "block_private_ips", "javascript", "timeout_s"),
         }
     ),
 }
 _LATER_TEMPLATES: Final = frozenset({"command", "http", "postgres", "browser"})
+_OF_THE_TEMPLATE: Final = frozenset({"union_tag_not_found", "union_tag_invalid"})
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,8})(KB|MB)")
 _UNITS: Final = {"KB": 1024, "MB": 1024 * 1024}
 # Characters a query may have where the policy says nothing; the guide's number for `strict`.
@@ -70,6 +72,19 @@ def _not_empty(extensions: tuple[str, ...]) -> tuple[str, ...]:
     return extensions
 
 
+def _hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    if not hosts:
+        raise ValueError("must name at least one host")
+    if len({parse_host(host) for host in hosts}) < len(hosts):
+        raise ValueError("names a host and port twice")
+    return hosts
+
+
+def _host(host: str) -> str:
+    parse_host(host)
+    return host
+
+
 Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1, le=100 * _UNITS["MB"])]
 Expression = Annotated[str, AfterValidator(_expression)]
 Expressions = Annotated[tuple[Expression, ...], Field(max_length=50)]
@@ -79,6 +94,8 @@ ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_
 WorkspaceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Extension = Annotated[str, StringConstraints(pattern=r"^\.[a-z0-9]{1,16}$")]
 Extensions = Annotated[tuple[Extension, ...], AfterValidator(_not_empty), Field(max_length=50)]
+Host = Annotated[str, AfterValidator(_host)]
+Hosts = Annotated[tuple[Host, ...], AfterValidator(_hosts), Field(max_length=50)]
 CatalogueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
 
 
@@ -133,7 +150,13 @@ def _longest(preset: str, max_length: int | None) -> int:
     return max_length or _MAX_LENGTH[preset]
 
 
-class FilesystemServer(_Section):
+class _Server(_Section):
+    """What every template has; `isolation` is what a live server, and what it may write to, are shared by."""
+
+    isolation: Literal["tenant", "user", "run"] = "tenant"
+
+
+class FilesystemServer(_Server):
     """One workspace of the tenant, `root`, as files; `max_file_size` in bytes (1 MB is 1,048,576)."""
 
     template: Literal["filesystem"]
@@ -141,6 +164,17 @@ class FilesystemServer(_Section):
     readonly: bool = True
     max_file_size: Size = 10 * _UNITS["MB"]
     allowed_extensions: Extensions = (".txt", ".md", ".json", ".py")
+
+
+class FetchServer(_Server):
+    """Pages of the hosts named, over https; `max_response_size` in bytes, `allowed_hosts` as `name` or `name:port`."""
+
+    template: Literal["fetch"]
+    allowed_hosts: Hosts
+    max_response_size: Annotated[Size, Field(le=10 * _UNITS["MB"])] = _UNITS["MB"]
+
+
+DeclaredServer = FilesystemServer | FetchServer
 
 
 class ToolRules(_Section):
@@ -157,7 +191,9 @@ class PolicyDocument(_Section):
     instructions: str = Field(default="", max_length=20_000)
     limits: RunLimits = RunLimits()
     input: InputRules = InputRules()
-    servers: Annotated[dict[ServerName, FilesystemServer], Field(max_length=32)] = {}
+    servers: Annotated[
+        dict[ServerName, Annotated[DeclaredServer, Field(discriminator="template")]], Field(max_length=32)
+    ] = {}
     tools: ToolRules = ToolRules()
 
 
@@ -184,32 +220,36 @@ def digest(text: str) -> str:
 
 
 def _faults(errors: list[ErrorDetails]) -> list[Fault]:
-    foreign = {error["loc"][:2] for error in errors if _is_foreign_template(error)}
-    # A server of another template lacks `root` because it is of another template.
-    told = [error for error in errors if not (error["type"] == "missing" and error["loc"][:2] in foreign)]
-    return [Fault(strict_yaml.pointer(*_location(error)), _message(error)) for error in told]
-
-
-def _is_foreign_template(error: ErrorDetails) -> bool:
-    loc = error["loc"]
-    return len(loc) == 3 and loc[0] == "servers" and loc[2] == "template" and error["type"] == "literal_error"
+    return [Fault(strict_yaml.pointer(*_location(error)), _message(error)) for error in errors]
 
 
 def _location(error: ErrorDetails) -> tuple[str | int, ...]:
-    return tuple(part for part in error["loc"] if part != "[key]")
+    """Where it stands in the document: pydantic puts the name of the template between a server and its keys."""
+    loc = tuple(part for part in error["loc"] if part != "[key]")
+    if error["type"] in _OF_THE_TEMPLATE:
+        return (*loc, "template")
+    return (*loc[:2], *loc[3:]) if loc[:1] == ("servers",) else loc
 
 
 def _message(error: ErrorDetails) -> str:
-    section, key = str(error["loc"][0]) if error["loc"] else "", str(error["loc"][-1]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        later = len(error["loc"]) > 1 and key in _LATER.get(section, ())
-        return f"{key} is not enforced yet" if later else f"{key} is not a known key"
-    if _is_foreign_template(error) and _is_later_template(error["input"]):
-        return f"template {error['input']} is not enforced yet"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+    match error["type"]:
+        case "extra_forbidden":
+            return _of_an_extra_key(_location(error))
+        case "union_tag_not_found":
+            return "Field required"
+        case "union_tag_invalid":
+            template, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+            later = template in _LATER_TEMPLATES
+            return f"template {template} is not enforced yet" if later else f"must be one of {known}"
+        case "value_error":
+            return str(error["ctx"]["error"])
     return error["msg"]
 
 
-def _is_later_template(template: Any) -> bool:
-    return isinstance(template, str) and template in _LATER_TEMPLATES
+def _of_an_extra_key(location: tuple[str | int, ...]) -> str:
+    section, key = location[0], location[-1]
+    if len(location) > 1 and key in _LATER.get(str(section), ()):
+        return f"{key} is not enforced yet"
+    if section == "servers" and any(key in template.model_fields for template in get_args(DeclaredServer)):
+        return f"{key} is a key of another template"
+    return f"{key} is not a known key"

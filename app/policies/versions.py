@@ -65,8 +65,7 @@ async def create(database: Database, caller: Caller, text: str) -> Version:
         raise PolicyInvalid(faults=faults)
     digest = documents.digest(text)
     async with database.transaction(caller.tenant_id) as session:
-        # The tenant's row is the lock that gives two authors two numbers.
-        await tenants.bump_generation(session, caller.tenant_id)
+        await tenants.lock(session, caller.tenant_id)  # gives two authors two numbers
         version = (await session.scalar(select(func.max(PolicyVersion.version))) or 0) + 1
         await session.execute(
             insert(PolicyVersion).values(

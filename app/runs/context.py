@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,15 +97,29 @@ class RunContext:
     async def settle(self, *, patience_s: float) -> None:
         """Let the calls under way end, and cancel those that do not: nothing of a run happens after its end.
 
-        Only waiting for a server is cancelled, never a transaction: what is kept in memory is what is stored.
+        Only waiting for a server is cancelled, never a transaction: what is kept in memory is what is stored. Who is
+        cancelled here has no more patience, but settles all the same.
         """
-        if self.governed:
-            await asyncio.wait(self.governed, timeout=patience_s)
-        self.is_over = True
-        for task in self.calling:
-            task.cancel()
-        if self.governed:
-            await asyncio.wait(self.governed, timeout=_SETTLE_S)
+        try:
+            if self.governed:
+                await asyncio.wait(self.governed, timeout=patience_s)
+        finally:
+            self.is_over = True
+            for task in self.calling:
+                task.cancel()
+            await self._until_settled()
+
+    async def _until_settled(self) -> None:
+        """Bounded, and not cut short by a cancel: it is raised afterwards."""
+        deadline = time.monotonic() + _SETTLE_S
+        cancelled: asyncio.CancelledError | None = None
+        while self.governed and (left_s := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait(self.governed, timeout=left_s)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     @property
     def model(self) -> str:

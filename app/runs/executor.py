@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from uuid import UUID
 
@@ -33,6 +33,7 @@ from app.runs.state import (
 )
 from app.sandbox.contract import SandboxUnavailable
 from app.servers.errors import ServerUnavailable
+from app.servers.starting import Borrower
 from app.servers.tenant_servers import TenantServers
 from app.telemetry.metrics import RUNS_IN_FLIGHT
 
@@ -94,7 +95,10 @@ class Executor:
             _log.exception("run.failed", run_id=str(run.run_id))
             return INTERNAL
         finally:
-            await run.settle(patience_s=patience_s)
+            try:
+                await run.settle(patience_s=patience_s)
+            finally:
+                self._servers.end_run(run.run_id)
         return SUCCEEDED
 
     def _agent(self, run: RunContext) -> GovernedAgent:
@@ -121,13 +125,13 @@ class Executor:
     async def _call_server(self, run: RunContext, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
         server, _, name = tool.partition("__")
         try:
-            async with self._servers.lend(run.caller.tenant_id, run.policy, server) as live:
+            async with self._servers.lend(_borrower(run), run.policy, server) as live:
                 return await live.call(name, arguments, timeout_s=self._tool_timeout_s)
-        except SandboxUnavailable:
-            raise RunEnded(SANDBOX_UNAVAILABLE) from None
+        except SandboxUnavailable as error:
+            detail = f"{error.detail} `bulkhead sandbox probe` and /readyz tell the operator what would help."
+            raise RunEnded(replace(SANDBOX_UNAVAILABLE, detail=detail)) from None
         except ServerUnavailable as error:
-            ending = SERVER_UNAVAILABLE
-            raise RunEnded(Ending(ending.state, ending.code, ending.http_status, error.detail)) from None
+            raise RunEnded(replace(SERVER_UNAVAILABLE, detail=error.detail)) from None
 
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""
@@ -147,3 +151,8 @@ class Executor:
         tasks = [flight.task for flight in self._flights.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=10)
+
+
+def _borrower(run: RunContext) -> Borrower:
+    caller = run.caller
+    return Borrower(caller.tenant_id, caller.user_id, run.run_id, caller.generation)

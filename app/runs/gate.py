@@ -19,8 +19,8 @@ from app.runs.context import Call, RunContext, current_run
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
 from app.runs.state import Outcome, RunEnded
+from app.servers import templates
 from app.servers.errors import ServerLost, ToolTimedOut
-from app.servers.filesystem import template as filesystem
 from app.telemetry.metrics import TOOL_CALLS, VIOLATIONS
 
 _MAX_RESULT_CHARS: Final = 60_000
@@ -102,7 +102,7 @@ def _decide(run: RunContext, call: Call) -> Decision:
     )
     if decision:
         server, _, tool = call.tool.partition("__")
-        if denial := filesystem.check_call(policy.document.servers[server], tool, call.arguments):
+        if denial := templates.check_call(policy.document.servers[server], tool, call.arguments):
             return Decision.deny(denial.rule, denial.reason)
     return decision
 

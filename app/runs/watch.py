@@ -8,27 +8,43 @@ from collections.abc import Iterator
 from typing import Final
 
 import structlog
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
+from app.caller import PLATFORM_TENANT
 from app.platform_db import PlatformDatabase
 from app.runs import repository
 from app.runs.executor import Executor
 from app.runs.repository import Interrupted
 from app.runs.state import INTERRUPTED, Outcome, StopCause
 from app.runs.stops import read_orders
+from app.servers.pool import ServerPool
 
 _log = structlog.get_logger()
 _REAP_EVERY_S: Final = 2.0
+# A tenant's generation changes with all that its live servers were started by: its policy, its switches, its status.
+_GENERATIONS: Final = text("""
+select t.id, t.generation,
+       t.status = 'disabled' or exists (
+           select 1 from kill_switches s
+           where s.tenant_id in (t.id, :platform) and s.scope in ('all', 'tenant') and s.lifted_at is null
+       ) as is_stopped
+from tenants t
+where t.id = any(:tenants)
+""")
 
 
 class Watch:
     """One loop a process. It asks the database, not a notification, so that a lost connection delays nothing."""
 
-    def __init__(self, *, platform: PlatformDatabase, executor: Executor, every_s: float, lease_s: float) -> None:
+    def __init__(
+        self, *, platform: PlatformDatabase, executor: Executor, pool: ServerPool, every_s: float, lease_s: float
+    ) -> None:
         self._platform = platform
         self._executor = executor
+        self._pool = pool
         self._every_s = every_s
         self._lease_s = lease_s
 
@@ -45,8 +61,11 @@ class Watch:
                     await self.reap()
                     reaped = now
                 await self._stop_ordered()
+                await self._end_outdated()
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 _log.warning("watch.database_unavailable", error=type(error).__name__)
+            except Exception:  # noqa: BLE001  one run's defect must not keep the others from being stopped
+                _log.exception("watch.failed")
             await asyncio.sleep(self._every_s)
 
     async def _renew(self) -> None:
@@ -68,6 +87,16 @@ class Watch:
                 self._executor.stop(orders.run_id, StopCause.SHUTDOWN)
             elif any(orders.stops(tool) for tool in flights[orders.run_id].tools_in_flight):
                 self._executor.stop(orders.run_id, StopCause.KILL_SWITCH)
+
+    async def _end_outdated(self) -> None:
+        """A server that nobody uses does not outlive what it was started by: its hosts may be withdrawn."""
+        tenants = self._pool.tenants()
+        if not tenants:
+            return
+        async with self._platform.transaction() as session:
+            rows = await session.execute(_GENERATIONS, {"tenants": list(tenants), "platform": PLATFORM_TENANT})
+        for tenant_id, generation, is_stopped in rows.all():
+            self._pool.end_outdated(tenant_id, None if is_stopped else generation)
 
     async def reap(self) -> None:
         """End the runs whose lease has run out, each with its event."""

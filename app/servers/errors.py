@@ -11,6 +11,10 @@ class ServerUnavailable(Unavailable):
     code = "server_unavailable"
 
 
+class ServerFailed(ServerUnavailable):
+    """The tool server does not start."""  # by its own doing: what fails so again and again has to wait
+
+
 class PublishUnderWay(Conflict):
     """The tenant is publishing a policy already."""
 

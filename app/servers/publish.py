@@ -14,7 +14,11 @@ from app.policies import document as documents
 from app.policies import versions
 from app.policies.document import PolicyDocument, PolicyInvalid
 from app.policies.engine import PinnedTool, compile_policy
+from app.servers import templates
+from app.servers.starting import Borrower
 from app.servers.tenant_servers import TenantServers
+from app.tenants.volumes import WritableRefused
+from app.tenants.workspaces import WorkspaceStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,15 @@ class Prepared:
 
 
 async def prepare(
-    database: Database, servers: TenantServers, catalogue: ModelCatalogue, caller: Caller, version: int
+    database: Database,
+    servers: TenantServers,
+    workspaces: WorkspaceStore,
+    catalogue: ModelCatalogue,
+    caller: Caller,
+    version: int,
 ) -> Prepared:
-    """Check a version against its servers' tools. Raise NotFound, PolicyInvalid, PublishUnderWay, and what
-    starting a server raises.
+    """Check a version against its servers' tools. Raise NotFound, PolicyInvalid, PublishUnderWay, WritableRefused,
+    and what starting a server raises.
 
     No session is held while the servers start; the version cannot change meanwhile, since versions never do.
     """
@@ -38,6 +47,7 @@ async def prepare(
         text = (await versions.get(session, version)).document
         replaces = await versions.published_version(session)
     document = await to_thread.run_sync(documents.parse, text)
+    await _check_writable(workspaces, document)
     faults = catalogue.faults(document.model.use, document.model.name)
     async with servers.listing(caller.tenant_id):
         tools = await _list_tools(servers, caller, document)
@@ -50,8 +60,16 @@ async def prepare(
     return Prepared(version, tools, replaces)
 
 
+async def _check_writable(workspaces: WorkspaceStore, document: PolicyDocument) -> None:
+    """Before anything is started: where no quota holds, a version with a server that fills the disk never does."""
+    needs = {name: templates.workspace(declared) for name, declared in document.servers.items()}
+    writing = [name for name, workspace in needs.items() if workspace is not None and workspace.is_writable]
+    if writing and (reason := await workspaces.writable_refusal()):
+        raise WritableRefused(f"{', '.join(writing)} may not write to a workspace here: {reason}.")
+
+
 async def _list_tools(servers: TenantServers, caller: Caller, document: PolicyDocument) -> list[PinnedTool]:
     tools: list[PinnedTool] = []
     for name, declared in document.servers.items():
-        tools += await servers.list_tools(caller.tenant_id, name, declared)
+        tools += await servers.list_tools(Borrower(caller.tenant_id, caller.user_id), name, declared)
     return tools

@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
+import structlog
+from anyio import to_thread
 from mcp.types import Tool
+from sqlalchemy.exc import SQLAlchemyError
 
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
 from app.db import Database
-from app.policies.document import FilesystemServer
+from app.errors import AppError, NotFound
+from app.policies.document import DeclaredServer
 from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
-from app.sandbox.contract import Profile, Sandbox
+from app.sandbox.contract import SandboxUnavailable
+from app.servers import stderr
 from app.servers.errors import PublishUnderWay, ServerUnavailable
-from app.servers.filesystem import template as filesystem
 from app.servers.live import LiveServer
-from app.servers.pool import ServerKey, ServerPool
-from app.servers.stderr import StderrTail
-from app.tenants import repository as tenants
-from app.tenants.workspaces import WorkspaceStore
+from app.servers.pool import ServerKey, ServerPool, ServerStatus
+from app.servers.starting import Borrower, Starter
 
+_log = structlog.get_logger()
 # Servers that are started to list their tools, beside those of the pool: publishing must not flood the machine.
 _LISTED_AT_ONCE: Final = 4
 
 
 class TenantServers:
-    """Starts and lends servers; `logs` is the host's folder for what they write to stderr."""
+    """Lends servers, started when they are first asked for.
+
+    `redact` takes our secrets and this host's paths out of what a tenant's admin may read.
+    """
 
     def __init__(
-        self,
-        *,
-        database: Database,
-        sandbox: Sandbox,
-        pool: ServerPool,
-        workspaces: WorkspaceStore,
-        logs: Path,
-        start_timeout_s: float,
+        self, *, database: Database, starter: Starter, pool: ServerPool, wait_s: float, redact: Callable[[str], str]
     ) -> None:
         self._database = database
-        self._sandbox = sandbox
+        self._starter = starter
         self._pool = pool
-        self._workspaces = workspaces
-        self._logs = logs
-        self._start_timeout_s = start_timeout_s
+        self._wait_s = wait_s
+        self._redact = redact
         self._places = asyncio.Semaphore(_LISTED_AT_ONCE)
         self._listing: set[UUID] = set()
+        pool.on_looping = self._record_looping
+
+    async def close(self) -> None:
+        """End all servers, and forget them."""
+        await self._pool.close()
+        await self._starter.close()
 
     @asynccontextmanager
-    async def lend(self, tenant_id: UUID, policy: ActivePolicy, server: str) -> AsyncIterator[LiveServer]:
+    async def lend(self, borrower: Borrower, policy: ActivePolicy, server: str) -> AsyncIterator[LiveServer]:
         """A live server of the policy's version whose tools are those that were pinned.
 
         Raises ServerUnavailable, also where a tool's definition has changed since the policy was published, and
@@ -60,20 +66,36 @@ class TenantServers:
         declared = policy.document.servers[server]
 
         async def start() -> LiveServer:
-            live = await self._start(tenant_id, server, declared)
+            live = await self._start(borrower, server, declared)
             if _of(server, pin(server, live.tools)) != _of(server, policy.tools):
                 await live.close()
                 raise ServerUnavailable(f"The tools of {server!r} have changed since the policy was published.")
             return live
 
-        key = ServerKey(tenant_id, policy.version, server, declared.template)
-        async with self._pool.lend(key, start, wait_s=self._start_timeout_s) as live:
+        key = _key(borrower, policy.version, server, declared)
+        async with self._pool.lend(key, start, wait_s=self._wait_s, generation=borrower.generation) as live:
             yield live
 
-    async def list_tools(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> list[PinnedTool]:
+    async def _start(self, borrower: Borrower, server: str, declared: DeclaredServer) -> LiveServer:
+        """Whatever keeps a server from starting is one refusal to its run, and no defect of ours."""
+        try:
+            return await self._starter.start(borrower, server, declared)
+        except (ServerUnavailable, SandboxUnavailable):
+            raise
+        except (AppError, SQLAlchemyError, OSError) as error:
+            _log.warning("server.not_started", server=server, error=type(error).__name__)
+            detail = error.detail if isinstance(error, AppError) else f"The tool server {server!r} does not start now."
+            raise ServerUnavailable(detail) from None
+
+    def end_run(self, run_id: UUID) -> None:
+        """End the servers that were this run's alone."""
+        self._pool.end_run(run_id)
+
+    async def list_tools(self, borrower: Borrower, name: str, declared: DeclaredServer) -> list[PinnedTool]:
         """The tools of a server that no published policy declares yet: started for that alone, a few at a time."""
+        await self._starter.make_room(borrower, declared)  # it may take long, and holds up no other tenant
         async with self._places:
-            live = await self._start(tenant_id, name, declared)
+            live = await self._starter.start(borrower, name, declared)
             try:
                 return pin(name, live.tools)
             finally:
@@ -90,17 +112,45 @@ class TenantServers:
         finally:
             self._listing.discard(tenant_id)
 
-    async def _start(self, tenant_id: UUID, name: str, declared: FilesystemServer) -> LiveServer:
-        launch = self._sandbox.launch(await self._profile(tenant_id, declared))
-        live = LiveServer(name, launch, StderrTail(self._logs / str(tenant_id) / f"{name}.stderr"))
-        await live.start(timeout_s=self._start_timeout_s)
-        return live
+    async def statuses(self, tenant_id: UUID) -> Sequence[ServerStatus]:
+        """A tenant's servers with what they use now."""
+        await self._pool.measure(tenant_id)
+        return self._pool.statuses(tenant_id)
 
-    async def _profile(self, tenant_id: UUID, declared: FilesystemServer) -> Profile:
-        async with self._database.transaction(tenant_id) as session:
-            uid = (await tenants.get_tenant(session, tenant_id)).sandbox_uid
-        workspace = await self._workspaces.create(tenant_id, declared.root, owner_uid=uid)
-        return filesystem.profile(declared, workspace=workspace.resolve(), host_uid=uid)
+    async def read_stderr(self, tenant_id: UUID, name: str) -> str:
+        """The newest 64 KiB of what a server has written to stderr, redacted; raise NotFound where there is none."""
+        text = await to_thread.run_sync(stderr.read_newest, self._starter.stderr_path(tenant_id, name), self._redact)
+        if text is None:
+            raise NotFound("No server of that name has been started yet.")
+        return text
+
+    async def _record_looping(self, key: ServerKey, failures: int, wait_s: int) -> None:
+        data = {
+            "server": key.server,
+            "template": key.template,
+            "policy_version": key.policy_version,
+            "user_id": key.user_id,
+            "failures": failures,
+            "wait_s": wait_s,
+        }
+        try:
+            async with self._database.transaction(key.tenant_id) as session:
+                await audit.append(session, key.tenant_id, Event(EventType.SERVER_CRASH_LOOPING, data=data))
+        except (SQLAlchemyError, OSError, TimeoutError) as error:  # nobody waits for it; the log has it
+            _log.error("server.crash_looping_unrecorded", server=key.server, error=type(error).__name__)
+
+
+def _key(borrower: Borrower, version: int, server: str, declared: DeclaredServer) -> ServerKey:
+    key = ServerKey(borrower.tenant_id, version, server, declared.template)
+    match declared.isolation:
+        case "tenant":
+            return key
+        case "user":
+            return replace(key, user_id=borrower.user_id)
+        case "run":
+            if borrower.run_id is None:
+                raise ValueError("a server of a run needs a run")
+            return replace(key, user_id=borrower.user_id, run_id=borrower.run_id)
 
 
 def _of(server: str, tools: Sequence[PinnedTool]) -> list[PinnedTool]:

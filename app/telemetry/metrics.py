@@ -26,6 +26,34 @@ LIVE_SERVERS: Final = Gauge("bulkhead_live_servers", "Tool servers that are up, 
 SERVER_STARTS: Final = Counter(
     "bulkhead_server_starts_total", "Starts of tool servers by template and result.", ["template", "result"]
 )
+SERVER_DEATHS: Final = Counter(
+    "bulkhead_server_deaths_total", "Tool servers that ended by themselves, by template.", ["template"]
+)
+CRASH_LOOPS: Final = Counter(
+    "bulkhead_server_crash_loops_total", "Tool servers that began to wait since they kept failing.", ["template"]
+)
+SERVER_CPU: Final = Counter(
+    "bulkhead_server_cpu_seconds_total", "Processor time that tool servers have used, by template.", ["template"]
+)
+SERVER_MEMORY: Final = Histogram(
+    "bulkhead_server_memory_peak_bytes",
+    "The most memory that a tool server used, observed at its end, by template.",
+    ["template"],
+    buckets=[(1 << 20) * size for size in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)],
+)
+SERVER_OOM_KILLS: Final = Counter(
+    "bulkhead_server_oom_kills_total",
+    "Processes of tool servers that the kernel ended for want of memory, counted at a server's end, by template.",
+    ["template"],
+)
+EGRESS_CONNECTIONS: Final = Counter(
+    "bulkhead_egress_connections_total",
+    "Connections that tool servers asked for: opened or refused.",
+    ["template", "result"],
+)
+EGRESS_BYTES: Final = Counter(
+    "bulkhead_egress_bytes_total", "Bytes of tool servers' connections: up or down.", ["template", "direction"]
+)
 RUNS_IN_FLIGHT: Final = Gauge("bulkhead_runs_in_flight", "Runs that this process executes now.")
 TOOL_CALLS: Final = Counter("bulkhead_tool_calls_total", "Tool calls by decision and outcome.", ["decision", "outcome"])
 _QUERIES: Final = frozenset({"/query", "/v1/query"})

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.policies.document import PolicyInvalid, digest, parse
+from app.policies.document import FetchServer, FilesystemServer, PolicyDocument, PolicyInvalid, digest, parse
 
 FULL = """
 schema: bulkhead/1
@@ -16,6 +16,7 @@ limits: {max_steps: 30, timeout_s: 60, max_tool_calls: 40, requests: 5/second}
 input: {preset: off, max_length: 4000, block: ["(?i)internal-only"], flag: [secret]}
 servers:
   docs: {template: filesystem, root: docs, readonly: false, max_file_size: 512KB, allowed_extensions: [.txt, .md]}
+  site: {template: fetch, allowed_hosts: [docs.example.com, "api.example.com:8443"], max_response_size: 2MB}
 tools:
   allow: [docs__*]
   deny: ["*__delete*"]
@@ -35,24 +36,50 @@ def with_section(section: str) -> str:
     return f"schema: bulkhead/1\n{section}\n"
 
 
+def files_of(policy: PolicyDocument) -> FilesystemServer:
+    server = policy.servers["docs"]
+    assert isinstance(server, FilesystemServer)
+    return server
+
+
+def site_of(text: str) -> FetchServer:
+    server = parse(text).servers["site"]
+    assert isinstance(server, FetchServer)
+    return server
+
+
+def site(keys: str) -> str:
+    return f"servers: {{site: {{template: fetch, {keys}}}}}"
+
+
 def test_every_key_is_read() -> None:
     policy = parse(FULL)
-    server = policy.servers["docs"]
+    server = files_of(policy)
     assert (policy.model.name, policy.limits.requests, policy.input.preset) == ("gpt-4.1-mini", "5/second", "off")
     assert (server.root, server.readonly, server.max_file_size) == ("docs", False, 512 * 1024)
     assert server.allowed_extensions == (".txt", ".md")
     assert policy.tools.deny == ("*__delete*",)
     assert policy.tools.rules.startswith("forbid")
+    assert site_of(FULL).allowed_hosts == ("docs.example.com", "api.example.com:8443")
+    assert site_of(FULL).max_response_size == 2 * 1024 * 1024
 
 
 def test_defaults_are_the_guides() -> None:
     policy = parse(with_section("servers: {docs: {template: filesystem, root: docs}}"))
-    server = policy.servers["docs"]
+    server = files_of(policy)
     assert (policy.limits.max_steps, policy.limits.timeout_s, policy.limits.max_tool_calls) == (20, 300, 10)
     assert (policy.limits.requests, policy.input.preset) == ("10/minute", "balanced")
     assert (server.readonly, server.max_file_size) == (True, 10 * 1024 * 1024)
     assert server.allowed_extensions == (".txt", ".md", ".json", ".py")
     assert policy.tools.allow == ()
+
+
+@pytest.mark.parametrize("level", ["tenant", "user", "run"])
+def test_isolation_is_the_tenants_unless_it_says_otherwise(level: str) -> None:
+    docs = f"docs: {{template: filesystem, root: docs, isolation: {level}}}"
+    site = "site: {template: fetch, allowed_hosts: [a.example]}"
+    policy = parse(with_section(f"servers: {{{docs}, {site}}}"))
+    assert [server.isolation for server in policy.servers.values()] == [level, "tenant"]
 
 
 def test_ten_faults_give_ten_errors() -> None:
@@ -85,16 +112,15 @@ tools: {allow: ["docs__?"]}
         ("tools: {approve: [a__b]}", "/tools/approve", "approve is not enforced yet"),
         ("limits: {tokens_per_day: 1}", "/limits/tokens_per_day", "tokens_per_day is not enforced yet"),
         ("limits: {cost_usd_per_day: '50'}", "/limits/cost_usd_per_day", "cost_usd_per_day is not enforced yet"),
-        (
-            "servers: {docs: {template: filesystem, root: docs, isolation: run}}",
-            "/servers/docs/isolation",
-            "isolation is not enforced yet",
+        *(
+            (
+                f"servers: {{web: {{template: {name}, url: https://a.example}}}}",
+                "/servers/web/template",
+                f"template {name} is not enforced yet",
+            )
+            for name in ("browser", "command", "http", "postgres")
         ),
-        (
-            "servers: {web: {template: browser}}",
-            "/servers/web/template",
-            "template browser is not enforced yet",
-        ),
+        (site("allowed_hosts: [a.example], dsn: x"), "/servers/site/dsn", "dsn is not enforced yet"),
         ("approve: [a__b]", "/approve", "approve is not a known key"),
         ("tools: {alow: []}", "/tools/alow", "alow is not a known key"),
         ("limits: {max_steps: 1, max_steps: 2}", "/limits/max_steps", "is given twice"),
@@ -106,8 +132,44 @@ def test_a_key_that_nothing_enforces_is_refused_by_name(section: str, path: str,
 
 
 @pytest.mark.parametrize(
+    ("section", "path", "message"),
+    [
+        ("servers: {web: {template: nope}}", "/servers/web/template", "must be one of 'filesystem', 'fetch'"),
+        ("servers: {web: {template: [fetch]}}", "/servers/web/template", "must be one of 'filesystem', 'fetch'"),
+        ("servers: {web: {allowed_hosts: [a.example]}}", "/servers/web/template", "Field required"),
+        ("servers: {site: {template: fetch}}", "/servers/site/allowed_hosts", "Field required"),
+        ("servers: {site: fetch}", "/servers/site", "Input should be an object"),
+        (site("allowed_hosts: [a.example], root: docs"), "/servers/site/root", "root is a key of another template"),
+        (
+            "servers: {docs: {template: filesystem, root: docs, allowed_hosts: [a.example]}}",
+            "/servers/docs/allowed_hosts",
+            "allowed_hosts is a key of another template",
+        ),
+        (site("allowed_hosts: []"), "/servers/site/allowed_hosts", "must name at least one host"),
+        (
+            site("allowed_hosts: [a.example, 'a.example:443']"),
+            "/servers/site/allowed_hosts",
+            "names a host and port twice",
+        ),
+        (
+            site("allowed_hosts: [a.example, https://a.example]"),
+            "/servers/site/allowed_hosts/1",
+            "must be a host name, without a scheme",
+        ),
+    ],
+)
+def test_a_server_is_read_by_its_template(section: str, path: str, message: str) -> None:
+    assert faults(with_section(section)) == {path: message}
+
+
+@pytest.mark.parametrize(
     ("section", "path"),
     [
+        (site(f"allowed_hosts: {[f'h{n}.example' for n in range(51)]}"), "/servers/site/allowed_hosts"),
+        (site("allowed_hosts: a.example"), "/servers/site/allowed_hosts"),
+        (site("allowed_hosts: [7]"), "/servers/site/allowed_hosts/0"),
+        (site("allowed_hosts: [a.example], max_response_size: 11MB"), "/servers/site/max_response_size"),
+        (site("allowed_hosts: [a.example], isolation: all"), "/servers/site/isolation"),
         ("servers: {Docs: {template: filesystem, root: docs}}", "/servers/Docs"),
         ("servers: {my__docs: {template: filesystem, root: docs}}", "/servers/my__docs"),
         ("servers: {docs: {template: 7, root: docs}}", "/servers/docs/template"),

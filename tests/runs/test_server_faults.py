@@ -242,10 +242,10 @@ async def test_nothing_is_left_when_the_service_stops_amid_calls(
 async def test_without_a_sandbox_nothing_starts_and_the_caller_is_told(
     scripted: ScriptedModel, hostile_service: Service, tenant: Tenant, model: ScriptedModel
 ) -> None:
-    servers = hostile_service.app.state.servers
-    whole: ProbedSandbox = servers._sandbox
+    starter = hostile_service.app.state.starter
+    whole: ProbedSandbox = starter._sandbox
     failed = Probe(ok=False, backend="bubblewrap", reason="/root/secret is open", remedy="chmod /root/secret")
-    servers._sandbox = ProbedSandbox(whole.backend, failed)
+    starter._sandbox = ProbedSandbox(whole.backend, failed)
     try:
         before = descendants()
         model.calls("docs__act", what="sing")
@@ -254,6 +254,6 @@ async def test_without_a_sandbox_nothing_starts_and_the_caller_is_told(
         assert "secret" not in answer.text
         assert not descendants() - before
     finally:
-        servers._sandbox = whole
+        starter._sandbox = whole
     await act(tenant, model, "sing")
     await assert_next_works(tenant)

@@ -6,9 +6,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 from mcp.types import TextContent
@@ -30,14 +30,15 @@ class Hostile:
     sandbox: Sandbox
     folder: Path
 
-    def new(self, start: str = "") -> LiveServer:
-        """A server that has not been started, and that starts as told."""
+    def new(self, start: str = "", *, cgroup: tuple[Path, ...] = (), **more: Any) -> LiveServer:
+        """A server that has not been started, and that starts as told; `more` goes to LiveServer."""
         workspace = self.folder / "workspace"
         workspace.mkdir(exist_ok=True)
         (workspace / "start.txt").write_text(start)
         declared = FilesystemServer(template="filesystem", root="docs")
         profile = template.profile(declared, workspace=workspace, host_uid=_UID)
-        return LiveServer("docs", self.sandbox.launch(profile), StderrTail(self.folder / "docs.stderr"))
+        profile = replace(profile, cgroup=cgroup)
+        return LiveServer("docs", self.sandbox.launch(profile), StderrTail(self.folder / "docs.stderr"), **more)
 
     @asynccontextmanager
     async def started(self, start: str = "", *, timeout_s: float = 10) -> AsyncIterator[LiveServer]:

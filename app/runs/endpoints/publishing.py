@@ -48,7 +48,8 @@ async def publish_policy(
 ) -> PublishedOut:
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
     servers: TenantServers = request.app.state.servers
-    prepared = await publishing.prepare(database, servers, request.app.state.catalogue, caller, version)
+    state = request.app.state
+    prepared = await publishing.prepare(database, servers, state.workspaces, state.catalogue, caller, version)
     async with database.transaction(caller.tenant_id) as session:
         # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
         await credentials.recheck(session, caller)

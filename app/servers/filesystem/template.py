@@ -10,11 +10,13 @@ from app.policies.decision import Denial
 from app.policies.document import FilesystemServer
 from app.policies.paths import check_path
 from app.sandbox import runtimes
-from app.sandbox.contract import Limits, Mount, Profile
+from app.sandbox.contract import Limits, Mount, Profile, Scratch
 from app.tenants import beneath
 
 _SERVER: Final = Path(__file__).with_name("server.py")
 _WORKSPACE: Final = "/workspace"
+# The workspace of a run that writes: empty at its start, gone at its end.
+_OF_THE_RUN: Final = Scratch(_WORKSPACE, bytes=64 << 20, files=10_000)
 _PATH_ARGUMENTS: Final = ("path", "source", "destination")
 _FOLDER_TOOLS: Final = frozenset({"list_directory", "search_files", "create_directory", "file_info"})
 
@@ -28,8 +30,13 @@ def check_call(server: FilesystemServer, tool: str, arguments: Mapping[str, Any]
     return None
 
 
-def profile(server: FilesystemServer, *, workspace: Path, host_uid: int) -> Profile:
-    """Read-only is a property of the mount, the size of a file one of the process: the server is not trusted."""
+def profile(server: FilesystemServer, *, workspace: Path | None, host_uid: int) -> Profile:
+    """Read-only is a property of the mount, the size of a file one of the process: the server is not trusted.
+
+    Without a `workspace` it has an empty one that ends with it; one to read from must be there.
+    """
+    if workspace is None and server.readonly:
+        raise ValueError("there is nothing to read in an empty workspace")
     python = runtimes.python()
     flags = ("--readonly",) if server.readonly else ()
     return Profile(
@@ -47,8 +54,9 @@ def profile(server: FilesystemServer, *, workspace: Path, host_uid: int) -> Prof
             *python.mounts,
             Mount(_SERVER, "/srv/server.py"),
             Mount(Path(beneath.__file__), "/srv/beneath.py"),
-            Mount(workspace, _WORKSPACE, writable=not server.readonly),
+            *((Mount(workspace, _WORKSPACE, writable=not server.readonly),) if workspace else ()),
         ),
+        scratch=() if workspace else (_OF_THE_RUN,),
         files=python.files,
         environment=python.environment,
         limits=Limits(file_bytes=server.max_file_size),

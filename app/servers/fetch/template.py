@@ -1,0 +1,58 @@
+"""The template `fetch`: pages of the hosts that the policy names, by way of the egress relay and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from app.policies.decision import Denial
+from app.policies.document import FetchServer
+from app.policies.hosts import HostPort, check_url, parse_host
+from app.sandbox import runtimes
+from app.sandbox.contract import Mount, Network, Profile
+
+_SERVER: Final = Path(__file__).with_name("server.py")
+_CA_FILE: Final = "/srv/ca.pem"
+# Where the server finds the relay's proxy, inside.
+PROXY: Final[HostPort] = ("127.0.0.1", 3128)
+
+
+def hosts(server: FetchServer) -> tuple[HostPort, ...]:
+    """All that the relay may connect to for the server."""
+    return tuple(parse_host(host) for host in server.allowed_hosts)
+
+
+def check_call(server: FetchServer, arguments: Mapping[str, Any]) -> Denial | None:
+    """What the template's own rules have against a call; asked before the server sees it."""
+    return check_url(arguments.get("url"), allowed=hosts(server))
+
+
+def profile(
+    server: FetchServer, *, host_uid: int, network: Network | None = None, ca_file: Path | None = None
+) -> Profile:
+    """The server holds no list of hosts, since it is not trusted to keep to one. Without a network it only lists.
+
+    `ca_file` replaces certifi's authorities; the host's user of the server must be able to read it.
+    """
+    python = runtimes.python()
+    trusted = ("--ca-file", _CA_FILE) if ca_file else ()
+    return Profile(
+        argv=(
+            python.interpreter,
+            "-I",
+            "/srv/server.py",
+            *("--proxy", f"http://{PROXY[0]}:{PROXY[1]}"),
+            *("--max-response-size", str(server.max_response_size)),
+            *trusted,
+        ),
+        host_uid=host_uid,
+        mounts=(
+            *python.mounts,
+            Mount(_SERVER, "/srv/server.py"),
+            *((Mount(ca_file.resolve(), _CA_FILE),) if ca_file else ()),
+        ),
+        files=python.files,
+        environment=python.environment,
+        network=network,
+    )
