@@ -142,11 +142,10 @@ def _probe_in(place: Path) -> Refusal | None:
     make(image, size)
     mount(image, folder)
     try:
-        files = ((folder / f"{number}").touch for number in count())
-        filled = is_mounted(folder) and _ends_full(files, 2 * size.files)
-        (folder / "0").unlink(missing_ok=True)
         with (folder / "big").open("wb", buffering=0) as big:
+            files = ((folder / f"{number}").touch for number in count())
             chunks = (lambda: big.write(b"x" * _MIB) for _ in count())
+            filled = is_mounted(folder) and _ends_full(files, 2 * size.files)
             filled = _ends_full(chunks, 2 * size.bytes // _MIB) and filled
     finally:
         unmount(folder)

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -220,11 +221,20 @@ async def test_a_relay_of_its_own_serves_by_a_socket_and_outlives_a_service(tmp_
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 async def test_a_relay_serves_its_own_user_alone(tmp_path: Path) -> None:
-    path = tmp_path / "egress.sock"
-    process = await _listening(path, tmp_path)
+    with tempfile.TemporaryDirectory() as folder:
+        _open_to_all(Path(folder))
+        await _asked_by_two(Path(folder, "egress.sock"), tmp_path)
+
+
+def _open_to_all(path: Path) -> None:
+    """So that only who asks decides."""
+    path.chmod(0o777)
+
+
+async def _asked_by_two(path: Path, folder: Path) -> None:
+    process = await _listening(path, folder)
+    _open_to_all(path)
     try:
-        for folder in (path, *path.parents[:3]):
-            folder.chmod(0o777)  # so that only who asks decides
         code = (
             "import os, socket, sys; os.setuid(int(sys.argv[2]));"
             "end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); end.connect(sys.argv[1]);"

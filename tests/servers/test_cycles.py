@@ -2,153 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import os
-import random
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from app.sandbox import cgroup_search
-from app.sandbox.cgroups import Cgroups
-from app.sandbox.choice import choose
-from app.sandbox.contract import Limits
-from app.servers.errors import ServerLost, ServerUnavailable
-from app.servers.filesystem import template
-from app.servers.running import Running, claim
-from tests.servers.hostile import SCRIPT, Hostile, act, assert_none_but, descendants, kill
-
-SEED: Final = int(os.environ.get("TEST_SEED", "20261122"))
+SEED: Final = os.environ.get("TEST_SEED", "20261122")
 
 
-class Left:
-    """What a cycle could leave on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.fds = len(list(Path("/proc/self/fd").iterdir()))
-        self.threads = threading.active_count()
-        self.mounts = mounts(folder)
-        self.cgroups = cgroups()
-        self.temporary = list(Path(tempfile.gettempdir()).iterdir())
-        self.files = sorted(path for path in folder.rglob("*") if path.is_file())
+def live(backend: str, count: int, folder: Path, *, seconds: int) -> None:
+    words = (sys.executable, "-m", "tests.servers.lives", backend, str(count), SEED, str(folder))
+    ran = subprocess.run(words, check=False, capture_output=True, text=True, timeout=seconds)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "nothing left" in ran.stdout
 
 
-def mounts(folder: Path) -> list[str]:
-    """Those of the folder, and those at the places where launchers mount: others may mount what they like."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    places = {"/tmp", "/run", "/dev/shm", "/newroot", "/oldroot"}  # noqa: S108  names alone
-    return [line for line in lines if str(folder) in line or line.split()[4] in places]
-
-
-def cgroups() -> set[Path]:
-    """Groups of ours anywhere that this process's own may have made."""
-    root = Path("/sys/fs/cgroup")
-    return {path for path in root.glob(f"**/bulkhead-{os.getpid()}-*/**/server-*") if path.is_dir()}
-
-
-@pytest.fixture(autouse=True)
-def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder for temporary files that is the test's alone, and where another user may make some."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    own = claim(tmp_path / "running")
-    yield own
-    own.close()
-    assert list((tmp_path / "running").iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Cgroups | None]:
-    """What the service would have here."""
-    found = cgroup_search.find()
-    yield found if isinstance(found, Cgroups) else None
-    if isinstance(found, Cgroups):
-        assert found.close()
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What every life is given."""
-
-    hostile: Hostile
-    own: Running
-    groups: Cgroups | None
-    folder: Path
-
-
-@pytest.fixture
-async def ground(hostile: Hostile, running: Running, groups: Cgroups | None, tmp_path: Path) -> Ground:
-    return Ground(hostile, running, groups, tmp_path)
-
-
-async def cycle(ground: Ground, rng: random.Random, *, is_killed: bool) -> None:
-    """One life; a killed one loses one of its processes, or all, while it starts, works or stops."""
-    before = descendants()
-    closed: list[bool] = []
-    belongings = AsyncExitStack()
-    belongings.callback(closed.append, True)
-    folders: tuple[Path, ...] = ()
-    if ground.groups is not None:
-        group = ground.groups.make("tenant", "docs", Limits())
-        belongings.callback(group.end)
-        folders = group.folders
-    live = ground.hostile.new(record=ground.own.new(), belongings=belongings, cgroup=folders)
-
-    async def live_once() -> None:
-        with suppress(ServerUnavailable, ServerLost):
-            await live.start(timeout_s=10)
-            await act(live, "sing")
-        await live.close()
-
-    living = asyncio.create_task(live_once())
-    if is_killed:
-        await asyncio.sleep(rng.uniform(0, 0.25))
-        mine = sorted(descendants() - before, key=lambda process: process.pid)
-        kill(set(mine if rng.random() < 0.3 else rng.sample(mine, min(1, len(mine)))))
-    await asyncio.wait_for(living, 40)
-    assert closed == [True]
-
-
-async def many(count: int, ground: Ground) -> None:
-    rng = random.Random(SEED)  # noqa: S311  a history to repeat, no secret
-    killed = set(rng.sample(range(count), count // 10))
-    await cycle(ground, rng, is_killed=False)  # whatever is made once is made now
-    gc.collect()  # what earlier tests have left to it is none of ours
-    await asyncio.sleep(0.1)
-    before, processes = Left(ground.folder), descendants()
-    for number in range(count):
-        await cycle(ground, rng, is_killed=number in killed)
-    await assert_none_but(processes)
-    await asyncio.sleep(0.2)  # the thread that copies a stderr ends after its pipe
-    assert vars(Left(ground.folder)) == vars(before)
-
-
-@pytest.fixture
-async def hostile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hostile:
-    monkeypatch.setattr(template, "_SERVER", SCRIPT)
-    return Hostile(await choose(request.param), tmp_path)
-
-
-@pytest.mark.parametrize(("hostile", "count"), [("bubblewrap", 70), ("landlock", 30)], indirect=["hostile"])
-async def test_a_hundred_lives_leave_nothing(ground: Ground, count: int) -> None:
-    await many(count, ground)
+@pytest.mark.parametrize(("backend", "count"), [("bubblewrap", 70), ("landlock", 30)])
+def test_a_hundred_lives_leave_nothing(backend: str, count: int, tmp_path: Path) -> None:
+    live(backend, count, tmp_path, seconds=100)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(540)
-@pytest.mark.parametrize(("hostile", "count"), [("bubblewrap", 700), ("landlock", 300)], indirect=["hostile"])
-async def test_a_thousand_lives_leave_nothing(ground: Ground, count: int) -> None:
-    await many(count, ground)
+@pytest.mark.parametrize(("backend", "count"), [("bubblewrap", 700), ("landlock", 300)])
+def test_a_thousand_lives_leave_nothing(backend: str, count: int, tmp_path: Path) -> None:
+    live(backend, count, tmp_path, seconds=530)
