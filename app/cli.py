@@ -25,6 +25,7 @@ import typer
 import uvloop
 from alembic.util import CommandError
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import migration
@@ -81,6 +82,8 @@ def _settings() -> Settings:
             for fault in error.errors()
         )
         raise ConfigurationError(f"The settings are not valid: {faults}.") from None
+    except SettingsError as error:  # where a field takes JSON and the text is none
+        raise ConfigurationError(f"The settings are not valid: {error}.") from None
 
 
 @cli.command()
