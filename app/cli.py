@@ -97,7 +97,7 @@ def up() -> None:
         print(f"Bulkhead starts on {machine.directory} ...", flush=True)
         with machine.database(settings) as urls:
             with _database_explained():
-                migration.upgrade(urls)
+                migration.upgrade(urls, sandbox_uids=settings.sandbox_uid_range)
             uvloop.run(until_interrupted(_up(machine, settings, urls, listener)))
             print("\nStopped; the data stays.", flush=True)
 
@@ -151,9 +151,10 @@ def egress() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema to what this version needs, as the owner role."""
-    urls = _owner_urls(_settings())
+    settings = _settings()
+    urls = _owner_urls(settings)
     with _database_explained():
-        migration.upgrade(urls)
+        migration.upgrade(urls, sandbox_uids=settings.sandbox_uid_range)
 
 
 @cli.command()

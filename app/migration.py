@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Final
 
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 
-from app.db import DatabaseUrls
+from app.db import DatabaseUrls, create_engine
+from app.errors import ConfigurationError
 
 _HERE: Final = Path(__file__).resolve().parents[1] / "migrations"
+_UIDS: Final = text("""
+select min_value, max_value, coalesce(last_value + 1, start_value)
+from pg_sequences
+where format('%I.%I', schemaname, sequencename)::regclass = pg_get_serial_sequence('tenants', 'sandbox_uid')::regclass
+""")
 
 
-def upgrade(urls: DatabaseUrls) -> None:
-    """Bring the schema to what this code needs; nothing happens where it is."""
+def upgrade(urls: DatabaseUrls, *, sandbox_uids: tuple[int, int] | None = None) -> None:
+    """Bring the schema to what this code needs; nothing happens where it is.
+
+    `sandbox_uids` are the first and last host user that tenants made from now on may get. Raises ConfigurationError
+    where those before them have gone past the last.
+    """
     command.upgrade(_config(urls), "head")
+    if sandbox_uids is not None:
+        asyncio.run(_bound_uids(urls.owner or "", *sandbox_uids))
+
+
+async def _bound_uids(owner_url: str, first: int, last: int) -> None:
+    """Only ever forward: a number that a tenant has had is not given again, whatever the bounds were."""
+    engine = create_engine(owner_url, pool_size=1)
+    try:
+        async with engine.begin() as connection:
+            least, most, following = (await connection.execute(_UIDS)).one()
+            if following > last:
+                raise ConfigurationError(f"BULKHEAD_SANDBOX_UIDS: tenants have had the users up to {following - 1}.")
+            if (least, most) != (first, last):
+                bounds = f"set minvalue {first} set maxvalue {last} set start {first} restart {max(first, following)}"
+                await connection.execute(text(f"alter table tenants alter column sandbox_uid {bounds}"))
+    finally:
+        await engine.dispose()
 
 
 def check(urls: DatabaseUrls) -> None:

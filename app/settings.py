@@ -65,6 +65,8 @@ class Settings(BaseSettings):
 
     # `auto` is bubblewrap where it holds, else Landlock where that holds, else no tool server starts.
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
+    # The host users that tenants' servers get where the service is root: the first and the last. Each is given once.
+    sandbox_uids: Annotated[str, Field(pattern=r"^[1-9][0-9]{3,9}-[1-9][0-9]{3,9}$")] = "2000000-2999999"
     servers_max: Annotated[int, Field(ge=1)] = 64
     servers_per_tenant: Annotated[int, Field(ge=1)] = 16
     servers_idle_s: Annotated[float, Field(gt=0)] = 300
@@ -105,6 +107,18 @@ class Settings(BaseSettings):
         if isinstance(names, str):
             values = values | {"model_names": tuple(part.strip() for part in names.split(",") if part.strip())}
         return values
+
+    @property
+    def sandbox_uid_range(self) -> tuple[int, int]:
+        first, _, last = self.sandbox_uids.partition("-")
+        return int(first), int(last)
+
+    @model_validator(mode="after")
+    def _uids_in_order(self) -> Self:
+        first, last = self.sandbox_uid_range
+        if not first <= last < 2**31:
+            raise ValueError("SANDBOX_UIDS must be a first and a last host user below 2147483648")
+        return self
 
     @model_validator(mode="after")
     def _all_urls_or_none(self) -> Self:
