@@ -25,7 +25,6 @@ import typer
 import uvloop
 from alembic.util import CommandError
 from pydantic import ValidationError
-from pydantic_settings import SettingsError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import migration
@@ -39,7 +38,7 @@ from app.interruption import interruptible, until_interrupted
 from app.keyring import Keyring, new_entry
 from app.listening import bound, url_of
 from app.sandbox.choice import ProbedSandbox, choose
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 from app.telemetry import logs
 
 _GREETING: Final = """

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, FilePath, SecretStr, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+
+__all__ = ["Settings", "SettingsError"]  # the command explains the errors; nobody else imports the library
 
 # mcp-use would send queries and answers to two hosts, langsmith traces: both decide when they are imported.
 _SILENCED: Final = {
