@@ -181,6 +181,8 @@ def _listening(path: Path) -> socket.socket:
     mask = os.umask(0o177)
     try:
         listener.bind(str(path))
+    except OSError as error:
+        sys.exit(f"egress: cannot listen at {path}: {error.strerror}")
     finally:
         os.umask(mask)
     listener.listen()
@@ -223,7 +225,8 @@ def main(resolve: destinations.Resolve = destinations.ask_system) -> None:
     tls = ssl.create_default_context(cafile=chosen.ca)
     tls.set_alpn_protocols(["http/1.1"])
     if chosen.listen is not None:
-        asyncio.run(listen(chosen.listen, tls=tls, resolve=resolve))
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(listen(chosen.listen, tls=tls, resolve=resolve))
     else:
         asyncio.run(control(chosen.control, tls=tls, resolve=resolve))
 

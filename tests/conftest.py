@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from app import migration
 from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
+from tests.runs.faults import ScriptedModel, scripted_model
 from tests.service import Databases, Service, running_service
 
 # The embedded Postgres of a test may lose its data with the machine: speed over durability, in tests alone.
@@ -63,3 +64,17 @@ async def fresh_service(databases: Databases, tmp_path: Path) -> AsyncIterator[S
     """A service of the test's own."""
     async with running_service(databases, tmp_path) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedModel]:
+    """A model that says what it was told to, for the services of a module."""
+    with scripted_model() as model:
+        yield model
+
+
+@pytest.fixture
+def model(scripted: ScriptedModel) -> ScriptedModel:
+    """The same, told nothing yet."""
+    scripted.state.reset()
+    return scripted

@@ -23,6 +23,9 @@ from app.interruption import undisturbed
 from app.keyring import Keyring, new_entry
 from app.listening import bound, listening, url_of
 from app.outbound.catalogue import ModelEndpoint
+from app.sandbox import cgroup_search
+from app.sandbox.cgroups import Cgroups
+from app.servers import running
 from app.settings import Settings
 from app.tenants.images import unmount_below
 
@@ -139,8 +142,13 @@ class Machine:
         """Delete the directory; nothing may run in it. Raise ConfigurationError for one that is not ours."""
         self.check_ours()
         if self.directory.exists():
+            # What a service that was killed has left, while its records are still there.
+            running.sweep(self.directory / "servers" / "running")
+            if isinstance(groups := cgroup_search.find(), Cgroups):
+                groups.sweep()
+                groups.close()
             try:
-                unmount_below(self.directory)  # what a service that was killed has left
+                unmount_below(self.directory)
             except OSError as error:
                 raise ConfigurationError(f"{error.filename} is still in use: nothing was deleted.") from None
             shutil.rmtree(self.directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import httpx
@@ -19,25 +19,12 @@ from tests.runs.faults import (
     ended_run,
     journal,
     running_run,
-    scripted_model,
 )
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 
 STRICT = DEFAULT_MODEL_POLICY + "input: {preset: strict}\n"
 LIMITED = DEFAULT_MODEL_POLICY.replace("max_tool_calls: 20", "max_tool_calls: 3, max_steps: 4")
 HURRIED = DEFAULT_MODEL_POLICY.replace("limits: {", "limits: {timeout_s: 1, ")
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedModel]:
-    with scripted_model() as model:
-        yield model
-
-
-@pytest.fixture
-def model(scripted: ScriptedModel) -> ScriptedModel:
-    scripted.state.reset()
-    return scripted
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from app.sandbox.choice import ProbedSandbox
 from app.sandbox.probe import Probe
 from app.servers.filesystem import template
-from tests.runs.faults import ScriptedModel, assert_ended, assert_next_works, journal, running_run, scripted_model
+from tests.runs.faults import ScriptedModel, assert_ended, assert_next_works, journal, running_run
 from tests.servers.hostile import SCRIPT, assert_gone, assert_none_but, descendants
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 
@@ -22,18 +22,6 @@ def _hostile() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(template, "_SERVER", SCRIPT)
         yield
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedModel]:
-    with scripted_model() as model:
-        yield model
-
-
-@pytest.fixture
-def model(scripted: ScriptedModel) -> ScriptedModel:
-    scripted.state.reset()
-    return scripted
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,10 @@ from sqlalchemy import make_url
 
 from app.outbound.grants import Proxy
 from app.servers.egress import Client, Egress
-from tests.runs.faults import ScriptedModel, scripted_model
+from tests.runs.faults import ScriptedModel
 from tests.servers.site import LOCAL, SECRET, Site, make_trust, serving
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 from tests.test_docs import event_fields
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedModel]:
-    with scripted_model() as model:
-        yield model
-
-
-@pytest.fixture
-def model(scripted: ScriptedModel) -> ScriptedModel:
-    scripted.state.reset()
-    return scripted
 
 
 @pytest.fixture(scope="module")

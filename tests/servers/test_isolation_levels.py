@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,20 +17,8 @@ from app.runs.redaction import Redactor
 from app.servers import stderr
 from app.tenants.disk import NoRoom
 from app.tenants.workspaces import TooManyWorkspaces
-from tests.runs.faults import ScriptedModel, scripted_model
+from tests.runs.faults import ScriptedModel
 from tests.service import DEFAULT_MODEL_POLICY, Client, Databases, Service, Tenant, running_service
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedModel]:
-    with scripted_model() as model:
-        yield model
-
-
-@pytest.fixture
-def model(scripted: ScriptedModel) -> ScriptedModel:
-    scripted.state.reset()
-    return scripted
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.embedded.machine import Machine
 from app.sandbox.choice import choose
 from app.servers import running
 from app.servers.filesystem import template
 from app.servers.running import Identity, claim, identities, sweep
+from app.settings import Settings
 from tests.servers.hostile import SCRIPT, Hostile, act, assert_gone, assert_none_but, descendants, kill
 from tests.servers.plain import plain, processes
 
@@ -59,6 +61,19 @@ async def test_what_outlived_a_kill_9_of_its_instance_is_ended_at_the_next_start
         await assert_gone(below)
     assert not (tmp_path / "left").exists()
     assert list((tmp_path / "running").iterdir()) == []
+
+
+async def test_a_reset_ends_what_it_would_forget(tmp_path: Path) -> None:
+    servers = tmp_path / "servers"
+    servers.mkdir()
+    (tmp_path / "machine.env").touch()
+    async with instance("plain", servers) as (process, below):
+        process.kill()
+        await process.wait()
+        assert alive(below) == below, "the control: nothing else would have ended it"
+        await asyncio.to_thread(Machine(Settings(_env_file=None, data_dir=tmp_path)).reset)
+        await assert_gone(below)
+    assert not (await asyncio.to_thread(tmp_path.exists))
 
 
 async def test_what_a_living_instance_runs_is_not_touched(tmp_path: Path) -> None:
