@@ -19,7 +19,7 @@ PYTHON ?= $(shell \
 # A stamp is named after the pins that it stands for, so that a file time can never mislead.
 stamp = .venv/pins-$(1)-$(firstword $(shell cat $(2) | sha256sum | cut -c1-16))
 RUNTIME := $(call stamp,base,requirements/base.txt)
-TOOLS := $(call stamp,dev,requirements/base.txt requirements/dev.txt)
+TOOLS := $(call stamp,dev,requirements/base.txt requirements/dev.txt requirements/corpora.txt)
 
 # Wheels only: building from source would fetch build tools that nothing pins. The pins are complete, so that
 # there is nothing to resolve.
@@ -55,7 +55,7 @@ then
 fi
 count=$$(grep -c '==' requirements/$(1).txt)
 echo "Installing the $$count packages of requirements/$(1).txt into .venv; once, about a minute."
-$(BIN)/python $(PIP_INSTALL) requirements/$(1).txt
+$(BIN)/python $(PIP_INSTALL) requirements/$(1).txt $(if $(filter dev,$(1)),-r requirements/corpora.txt)
 touch '$(RUNTIME)' '$@'
 endef
 
@@ -92,8 +92,9 @@ browser:
 	then exit 0; fi
 	echo 'There is no headless browser here, so its tests are skipped. To run them: apt-get install $(BROWSER)'
 
+# More workers than the two processors of a small machine, since much is waited for.
 test: $(TOOLS) browser  ## Run the tests, with samples of the long ones
-	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
+	@exec $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
 SEED ?= $(shell date -u +%Y%m%d)
@@ -139,11 +140,11 @@ lock:  ## Pin all requirements again, with hashes; what still fits stays, unless
 	"$$python" -m venv "$$work/venv"
 	"$$work/venv/bin/python" $(PIP_INSTALL) requirements/uv.txt
 	cp requirements/*.in requirements/*.txt "$$work"
-	for name in base dev uv; do
+	for name in base cloud dev corpora uv; do
 	  echo "Pinning requirements/$$name.txt"
 	  ( cd "$$work" && UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 venv/bin/uv pip compile --quiet --universal \
 	    --python venv/bin/python --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	    $(if $(filter 1,$(UPGRADE)),--upgrade) --output-file $$name.txt $$name.in )
+	    $(if $(filter 1,$(UPGRADE)),--upgrade) $$([ $$name != corpora ] || echo --no-deps) --output-file $$name.txt $$name.in )
 	done
 	! grep -Hn '://' "$$work"/*.txt || fail 'These lines carry an address; nothing was written.'
 	cp "$$work"/*.txt requirements/

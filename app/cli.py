@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import asyncpg
 import structlog
@@ -37,9 +37,14 @@ from app.errors import AppError, ConfigurationError
 from app.interruption import interruptible, until_interrupted
 from app.keyring import Keyring, new_entry
 from app.listening import bound, url_of
+from app.policy_cli.commands import policy
 from app.sandbox.choice import ProbedSandbox, choose
-from app.settings import Settings, SettingsError
+from app.servers.postgres import roles as postgres_roles
+from app.settings import Settings, SettingsError, unknown_names
 from app.telemetry import logs
+
+if TYPE_CHECKING:
+    from app.servers.installs import Installs
 
 _GREETING: Final = """
 Bulkhead serves on {url}. The demo's keys are in {file}. Ask harbor's agent:
@@ -54,9 +59,12 @@ cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 admin = typer.Typer(no_args_is_help=True, help="The platform's own admins.")
 db = typer.Typer(no_args_is_help=True, help="The database.")
 sandbox = typer.Typer(no_args_is_help=True, help="The sandbox of tool servers.")
+servers = typer.Typer(no_args_is_help=True, help="The catalogue of tool servers, and what of it is installed.")
 cli.add_typer(admin, name="admin")
 cli.add_typer(db, name="db")
 cli.add_typer(sandbox, name="sandbox")
+cli.add_typer(policy, name="policy")
+cli.add_typer(servers, name="servers")
 
 
 def main() -> None:
@@ -69,10 +77,8 @@ def main() -> None:
 
 
 def _settings() -> Settings:
-    known = {f"BULKHEAD_{name}".upper() for name in Settings.model_fields}
-    unknown = {name for name in read_env(Path(".env")) if name.startswith("BULKHEAD_")} - known
-    if unknown:
-        raise ConfigurationError(f"There is no setting {', '.join(sorted(unknown))}: .env names it.")
+    if unknown := unknown_names(read_env(Path(".env"))):
+        raise ConfigurationError(f"There is no setting {', '.join(sorted(unknown))}: .env or the environment names it.")
     try:
         return Settings()
     except ValidationError as error:
@@ -241,11 +247,52 @@ def roles(prefix: str = "bulkhead") -> None:
     print("\n".join(role_statements(prefix)))
 
 
+@cli.command()
+def postgres_role(
+    name: Annotated[str, typer.Option(help="The role to make, or to make fit.")],
+    schema: Annotated[list[str], typer.Option(help="One of the policy's allowed_schemas; as often as needed.")],
+    block: Annotated[list[str] | None, typer.Option(help="One of its blocked_tables; as often as needed.")] = None,
+    connections: Annotated[int, typer.Option(min=1, max=20, help="Its max_connections.")] = 5,
+) -> None:
+    """Print the SQL that makes a role for the template `postgres`, for a superuser of that database to run in psql."""
+    print(postgres_roles.script(name, schemas=schema, blocked=block or [], connections=connections))
+
+
 @sandbox.command()
 def probe() -> None:
     """Attack the sandbox from inside and say whether it holds here, and if not, what would help."""
     chosen = _required(asyncio.run(choose(_settings().sandbox)))
     print(f"{chosen.name}: holds" + (f" ({chosen.result.note})" if chosen.result.note else ""))
+
+
+@servers.command()
+def install(name: str) -> None:
+    """Build the environment of a catalogue's entry from its lock, with every hash checked."""
+    _settings().data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    was_built = _installs().install(name)
+    print(f"{name} is installed." if was_built else f"{name} is installed already, and as it was built.")
+
+
+@servers.command("list")
+def list_servers() -> None:
+    """Print the catalogue's entries and what of them is installed."""
+    for entry in _installs().states():
+        print(f"{entry.name}: {entry.state}" + (f" ({entry.note})" if entry.note else ""))
+
+
+@servers.command()
+def verify(name: str) -> None:
+    """Hash what is installed of an entry, and name the first file that is not as it was built."""
+    if difference := _installs().verify(name):
+        raise ConfigurationError(f"{name} is not what was installed: {difference}.")
+    print(f"{name}: every file is as it was installed.")
+
+
+def _installs() -> Installs:
+    from app.servers.installs import below  # noqa: PLC0415  it brings the policies with it
+
+    settings = _settings()
+    return below(settings.data_dir.resolve(), settings.server_catalogue)
 
 
 def _required(chosen: ProbedSandbox) -> ProbedSandbox:

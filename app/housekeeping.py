@@ -12,16 +12,19 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth.service import Authenticator
+from app.idempotency import once
 from app.platform_db import PlatformDatabase
 from app.servers.pool import ServerPool
 
 _log = structlog.get_logger()
 _EVERY_S: Final = 5
+_ROUNDS_AN_HOUR: Final = 3_600 // _EVERY_S
 _ROUNDS_A_DAY: Final = 86_400 // _EVERY_S
 
 
 async def keep_house(pool: ServerPool, authenticator: Authenticator, platform: PlatformDatabase) -> None:
-    """Until cancelled: end idle servers, measure the others, record counted refusals, make the months' partitions.
+    """Until cancelled: end idle servers, measure the others, record counted refusals; by the hour forget old
+    idempotency keys, by the day make the months' partitions.
 
     A chore that fails stops neither the others nor its own next time.
     """
@@ -29,7 +32,8 @@ async def keep_house(pool: ServerPool, authenticator: Authenticator, platform: P
     rounds = 0
     while True:
         daily = (partial(_make_partitions, platform),) if rounds % _ROUNDS_A_DAY == 0 else ()
-        for chore in (*always, *daily):
+        hourly = (partial(_forget_keys, platform),) if rounds % _ROUNDS_AN_HOUR == 0 else ()
+        for chore in (*always, *hourly, *daily):
             await _attempt(chore)
         rounds += 1
         await asyncio.sleep(_EVERY_S)
@@ -46,6 +50,11 @@ async def _attempt(chore: Callable[[], Awaitable[object]]) -> None:
 
 async def _evict(pool: ServerPool) -> None:
     pool.evict()
+
+
+async def _forget_keys(platform: PlatformDatabase) -> None:
+    async with platform.transaction() as session:
+        await once.forget_expired(session)
 
 
 async def _make_partitions(platform: PlatformDatabase) -> None:

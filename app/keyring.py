@@ -128,6 +128,11 @@ class Keyring:
     def __repr__(self) -> str:
         return f"Keyring(active={self.active!r}, keys={sorted(self._keys)})"
 
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """All of them, the active one first."""
+        return (self.active, *(key_id for key_id in self._keys if key_id != self.active))
+
     def derive(self, purpose: str, *, key_id: str | None = None) -> SecretKey:
         """A key for one purpose, of the active or the named root key. Raise Unsealable for an unknown id."""
         return self._find(key_id or self.active).derive(purpose)

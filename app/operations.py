@@ -26,7 +26,10 @@ async def read_health() -> dict[str, str]:
 
 @router.get("/readyz", summary="The service can answer queries", responses={503: {"description": "Not ready"}})
 async def read_readiness(request: Request, response: Response) -> dict[str, Any]:
-    """Database, sandbox and our own loops decide; models are named only, since theirs is not our readiness."""
+    """Database, sandbox and our own loops decide; models are named only, since theirs is not our readiness.
+
+    Those of the settings: the names of stored ones are for who may see the catalogue.
+    """
     state = request.app.state
     parts = {
         "database": await _answers(state.database),
@@ -35,7 +38,8 @@ async def read_readiness(request: Request, response: Response) -> dict[str, Any]
     }
     is_ready = all(parts.values())
     response.status_code = 200 if is_ready else 503
-    return {"ready": is_ready, **parts, "sandbox_detail": _sandbox(state), "models": sorted(state.catalogue.endpoints)}
+    models = sorted(filter(state.catalogue.is_own, state.catalogue.endpoints))
+    return {"ready": is_ready, **parts, "sandbox_detail": _sandbox(state), "models": models}
 
 
 def _sandbox(state: State) -> dict[str, Any]:
@@ -49,6 +53,14 @@ def _sandbox(state: State) -> dict[str, Any]:
         "cgroup": {"available": bool(groups), "reason": getattr(groups, "reason", "")},
         "egress": state.relay.is_up,
     }
+
+
+@router.get("/.well-known/jwks.json", summary="The keys that sign identities for remote tool servers")
+async def read_identity_keys(request: Request, response: Response) -> dict[str, Any]:
+    """A key set (RFC 7517), for everybody. All root keys have one here, so that a rotation can be prepared."""
+    response.headers["Cache-Control"] = "public, max-age=300"
+    keys: dict[str, Any] = request.app.state.identities.public_jwks()
+    return keys
 
 
 @router.get("/metrics", summary="Prometheus metrics", responses=responses(401))

@@ -40,7 +40,7 @@ class FaultOut(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457. `code` is stable; `type` points to its explanation in docs/errors.md."""
+    """RFC 9457. `code` is stable; `type` points to its explanation in docs/errors.md. `changes` are of tools."""
 
     type: str
     title: str
@@ -50,6 +50,7 @@ class Problem(BaseModel):
     request_id: str | None = None
     run_id: str | None = None
     errors: list[FaultOut] | None = None
+    changes: list[dict[str, Any]] | None = None
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -157,6 +158,7 @@ def render(request: Request, error: AppError) -> JSONResponse:
         code=error.code,
         request_id=getattr(request.state, "request_id", None),
         run_id=error.extra.get("run_id"),
+        changes=error.extra.get("changes"),
         errors=[FaultOut(path=fault.path, message=fault.message) for fault in error.faults] or None,
     )
     return JSONResponse(

@@ -35,7 +35,11 @@ class Scope(StrEnum):
     ISSUERS_READ = "issuers:read"
     ISSUERS_WRITE = "issuers:write"
     AUDIT_READ = "audit:read"
+    SECRETS_READ = "secrets:read"
+    SECRETS_WRITE = "secrets:write"
     SWITCHES_WRITE = "switches:write"
+    MODELS_READ = "models:read"
+    MODELS_WRITE = "models:write"
     TENANTS_READ = "tenants:read"
     TENANTS_WRITE = "tenants:write"
 
@@ -50,6 +54,7 @@ _AUDITOR: Final = frozenset(
         Scope.KEYS_READ,
         Scope.ISSUERS_READ,
         Scope.AUDIT_READ,
+        Scope.MODELS_READ,
     }
 )
 _TENANT_ADMIN: Final = (
@@ -65,6 +70,8 @@ _TENANT_ADMIN: Final = (
         Scope.USERS_WRITE,
         Scope.KEYS_WRITE,
         Scope.ISSUERS_WRITE,
+        Scope.SECRETS_READ,
+        Scope.SECRETS_WRITE,
         Scope.SWITCHES_WRITE,
     }
 )
@@ -78,6 +85,8 @@ _PLATFORM_ADMIN: Final = frozenset(
         Scope.KEYS_WRITE,
         Scope.SWITCHES_WRITE,
         Scope.AUDIT_READ,
+        Scope.MODELS_READ,
+        Scope.MODELS_WRITE,
     }
 )
 SCOPES_OF: Final = {

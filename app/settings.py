@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-__all__ = ["Settings", "SettingsError"]  # the command explains the errors; nobody else imports the library
+__all__ = ["Settings", "SettingsError", "unknown_names"]  # the command explains the errors of the library
 
 # mcp-use would send queries and answers to two hosts, langsmith traces: both decide when they are imported.
 _SILENCED: Final = {
@@ -21,6 +21,18 @@ _SILENCED: Final = {
     "LANGCHAIN_TRACING_V2": "false",
 }
 os.environ.update(_SILENCED)
+# What the demo writes for clients, who may have read it into the shell that starts the service.
+_OF_CLIENTS: Final = frozenset(
+    f"BULKHEAD_{name}"
+    for name in ("URL", "API_KEY", "ADMIN_KEY", "OTHER_API_KEY", "PLATFORM_KEY", "DEMO_TENANT", "METRICS_TOKEN")
+)
+# Secrets of tenants that an operator keeps in the environment are named so.
+_OF_TENANTS: Final = "BULKHEAD_SECRET_"
+
+
+def tenants_variables(prefix: str) -> Mapping[str, str]:
+    """What the environment holds for tenants: the variables of this prefix, which are no settings."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
 
 
 class Settings(BaseSettings):
@@ -40,6 +52,8 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    # How others know this service: the issuer of the identities that remote tool servers are told.
+    public_url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:/_~-]+[A-Za-z0-9]$")] | None = None
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     # How long a run goes on after its client has gone, in seconds.
     client_grace_s: Annotated[float, Field(ge=0)] = 30
@@ -74,8 +88,23 @@ class Settings(BaseSettings):
     servers_idle_s: Annotated[float, Field(gt=0)] = 300
     server_start_timeout_s: Annotated[float, Field(gt=0)] = 20
     tool_timeout_s: Annotated[float, Field(gt=0)] = 30
+    # The programs that policies may name, each with its lock; without it `catalogue` in the data directory.
+    server_catalogue: Path | None = None
     # A PEM bundle: the authorities that tool servers trust for https, instead of the public ones.
     server_ca_file: FilePath | None = None
+
+    # Secrets that the platform binds to providers are read again after so long; see docs/secrets.md.
+    secrets_ttl_s: Annotated[float, Field(ge=1)] = 300
+    # The folder below which bindings to the provider `file` find theirs.
+    secrets_dir: Path | None = None
+    # Instead of AWS's own addresses: a VPC endpoint.
+    secrets_aws_endpoint: str | None = None
+    # The key vaults that bindings to the provider `azure` may name.
+    secrets_azure_vaults: Annotated[tuple[str, ...], NoDecode] = ()
+    secrets_vault_url: str | None = None
+    secrets_vault_token: SecretStr | None = None
+    secrets_vault_token_file: Path | None = None
+    secrets_vault_namespace: str | None = None
 
     # Where `bulkhead egress` listens; without it the relay is a child of the service.
     egress_socket: Path | None = None
@@ -93,6 +122,11 @@ class Settings(BaseSettings):
     workspace_volume_bytes: Annotated[int, Field(ge=8_000_000)] = 2_000_000_000
     workspace_volume_files: Annotated[int, Field(ge=100)] = 50_000
 
+    # What a tenant's policy may allow one run at most; see `limits` in docs/policies.md.
+    policy_max_timeout_s: Annotated[int, Field(ge=1)] = 3600
+    policy_max_tool_calls: Annotated[int, Field(ge=1)] = 1000
+    policy_max_steps: Annotated[int, Field(ge=1)] = 100
+
     # How long a run outlives the last sign of its process, in seconds, by the database's clock.
     run_lease_s: Annotated[float, Field(ge=2)] = 6
     # How often stop orders for runs in flight are read, in seconds.
@@ -105,9 +139,10 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _split_names(cls, values: dict[str, object]) -> dict[str, object]:
-        names = values.get("model_names")
-        if isinstance(names, str):
-            values = values | {"model_names": tuple(part.strip() for part in names.split(",") if part.strip())}
+        for field in ("model_names", "secrets_azure_vaults"):
+            names = values.get(field)
+            if isinstance(names, str):
+                values = values | {field: tuple(part.strip() for part in names.split(",") if part.strip())}
         return values
 
     @property
@@ -128,3 +163,10 @@ class Settings(BaseSettings):
         if any(urls) and not (self.database_app_url and self.database_platform_url):
             raise ValueError("DATABASE_APP_URL and DATABASE_PLATFORM_URL go together")
         return self
+
+
+def unknown_names(env_file: Iterable[str]) -> set[str]:
+    """What of the environment, or of these names of a file, looks like a setting and is none."""
+    named = {name for name in (*env_file, *os.environ) if name.startswith("BULKHEAD_")}
+    known = {f"BULKHEAD_{name}".upper() for name in Settings.model_fields}
+    return {name for name in named - known - _OF_CLIENTS if not name.startswith(_OF_TENANTS)}

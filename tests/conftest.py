@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Final
 
 import pytest
 from sqlalchemy import text
@@ -19,6 +20,18 @@ from tests.service import Databases, Service, running_service
 
 # The embedded Postgres of a test may lose its data with the machine: speed over durability, in tests alone.
 _OPTIONS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
+
+# They wait more than they work, and for a minute or two: begun first, they end beside all others.
+_FIRST: Final = ("tests/sandbox/test_attacks.py", "tests/machine/")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a module on one worker, where its service and its tenants are made once and not once a worker."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from uuid import UUID
 
 import pytest
 from alembic import command
@@ -18,7 +19,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from app import migration
-from app.db import Database, DatabaseUrls, create_engine
+from app.db import Database, DatabaseUrls, create_engine, new_id
+from app.servers import quarantine
+from app.servers.quarantine import ServerQuarantined
+from app.servers.starting import Borrower
 from app.tables import metadata
 from tests.auth.forgery import Issuer
 from tests.service import Databases, Service, Tenant
@@ -33,11 +37,18 @@ app alembic_version SELECT
 app api_keys INSERT, SELECT, UPDATE(expires_at, revoked_at)
 app audit_events INSERT, SELECT
 app contents INSERT, SELECT
+app idempotency_keys INSERT, SELECT, UPDATE(answer, created_at, digest)
 app issuers DELETE, INSERT, SELECT
 app kill_switches INSERT, SELECT, UPDATE(lifted_at)
+app policy_backtests INSERT, SELECT
+app policy_checks INSERT, SELECT, UPDATE(checked_at, checked_by, tools)
+app policy_publications INSERT, SELECT
 app policy_versions INSERT, SELECT
 app published_policies INSERT, SELECT, UPDATE
+app quarantines INSERT, SELECT, UPDATE
 app runs INSERT, SELECT, UPDATE
+app secret_bindings SELECT
+app secrets DELETE, INSERT, SELECT, UPDATE(id, key_id, sealed, updated_at, updated_by, version)
 app tenants SELECT, UPDATE(generation)
 app tool_calls INSERT, SELECT, UPDATE(duration_ms, outcome)
 app users INSERT, SELECT, UPDATE(disabled_at, role, wrapped_key)
@@ -45,9 +56,13 @@ platform alembic_version SELECT
 platform api_keys SELECT, UPDATE(last_used_at)
 platform audit_events INSERT
 platform bulkhead_ensure_partitions EXECUTE
+platform idempotency_keys DELETE, INSERT, SELECT, UPDATE(answer, created_at, digest)
 platform issuers SELECT
 platform kill_switches SELECT
+platform model_endpoints DELETE, INSERT, SELECT, UPDATE
 platform runs SELECT, UPDATE(code, finished_at, lease_until, state)
+platform secret_bindings DELETE, INSERT, SELECT, UPDATE(id, locator, provider, updated_at, updated_by, version)
+platform secrets SELECT(id, name, tenant_id)
 platform tenants INSERT, SELECT, UPDATE(generation, status)
 platform tool_calls SELECT, UPDATE(outcome)
 platform users SELECT(disabled_at, id, issuer, role, subject, tenant_id)"""
@@ -112,14 +127,24 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection]:
 async def db(service: Service) -> Inhabited:
     tenants = [await service.new_tenant(files={"note.md": "hello"}) for _ in range(2)]
     for tenant in tenants:
-        await tenant.admin.make("/v1/issuers", json={"issuer": "https://issuer.test", "jwks": Issuer().jwks})
+        issuer, once = {"issuer": "https://issuer.test", "jwks": Issuer().jwks}, {"Idempotency-Key": "once"}
+        await tenant.admin.make("/v1/issuers", json=issuer, headers=once)
         await tenant.admin.make("/v1/switches", json={"scope": "server", "target": "other", "reason": "test"})
+        await tenant.admin.make("/v1/policies/1/backtest", json={})
+        assert (await tenant.admin.put("/v1/secrets/key", json={"value": "some-text"})).is_success
+        locator = {"locator": {"provider": "environment", "variable": "BULKHEAD_SECRET_A"}}
+        bound = await service.platform.put(f"/v1/tenants/{tenant.id}/secret-bindings/bound", json=locator)
+        assert bound.is_success
         run = (await tenant.user.ask("What does note.md say?")).json()
         assert run["tool_calls"]
+        whom = Borrower(UUID(tenant.id), new_id())
+        with pytest.raises(ServerQuarantined):  # a server that lists nothing any more
+            await quarantine.enforce(service.app.state.database, whom, "docs", version=1, found=[])
     return Inhabited(service, tenants[0], tenants[1], run["run_id"])
 
 
-TABLES: Final = sorted(set(metadata.tables))
+PLATFORMS: Final = {"model_endpoints"}
+TABLES: Final = sorted(set(metadata.tables) - PLATFORMS)
 KEYED: Final = {"tenants": "id"}
 ROW: Final = "select to_jsonb(t)::text from {} t"
 COUNT: Final = "select count(*) from {}"
@@ -153,7 +178,8 @@ async def test_with_one_tenant_set_the_rows_of_another_are_not_there(db: Inhabit
     assert await db.sqlstate("app", INSERT.format(table), tenant=db.a, row=row) == REFUSED
 
 
-@pytest.mark.parametrize("table", sorted(set(TABLES) - {"tenants"}))
+# The app role makes neither tenants nor bindings of secrets, not even its own.
+@pytest.mark.parametrize("table", sorted(set(TABLES) - {"tenants", "secret_bindings"}))
 async def test_it_is_the_tenant_that_was_refused_and_not_the_row(db: Inhabited, table: str) -> None:
     """The control of the two above: under its own tenant the same row is only there already."""
     ((row,), *_) = await db.as_role("owner", ROW.format(table), tenant=db.a)
@@ -167,6 +193,12 @@ async def test_without_row_level_security_there_are_rows_of_both(db: Inhabited, 
         await connection.execute(text(f"alter table {table} no force row level security"))
         found = await connection.scalars(text(OWNERS.format(owned(table), table)))
         assert {db.a.id, db.b.id} <= set(found.all())
+
+
+@pytest.mark.parametrize("table", sorted(PLATFORMS))
+async def test_the_app_reaches_nothing_of_the_platforms_own(db: Inhabited, table: str) -> None:
+    assert await db.sqlstate("app", COUNT.format(table), tenant=db.a) == REFUSED
+    assert await db.as_role("platform", COUNT.format(table)) == [(0,)], "the control"
 
 
 async def test_updates_and_deletes_find_no_row_of_another_tenant(db: Inhabited) -> None:
@@ -287,7 +319,7 @@ async def test_every_table_is_bound_to_the_tenant_that_is_set(db: Inhabited) -> 
     rows = await db.as_role(
         "owner", "select tablename::text, qual, with_check from pg_policies where policyname = 'one_tenant'"
     )
-    assert sorted(table for table, _, _ in rows) == TABLES
+    assert sorted(table for table, _, _ in rows) == sorted(metadata.tables)
     for table, seen, written in rows:
         assert seen == written
         assert seen.startswith(f"({owned(table)} = ")

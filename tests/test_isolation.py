@@ -22,8 +22,13 @@ from tests.service import POLICY, Client, Databases, Service, Tenant, running_se
 
 WITH_IDS: Final = sorted(operation for operation in ROLES if operation.parameters)
 WITHOUT_IDS: Final = sorted(operation for operation in ROLES if not operation.parameters)
-# A file's name is no id: each tenant has names of its own, and may give one that another tenant uses.
-OWN_NAMES: Final = {Operation("PUT", "/v1/workspaces/{name}/files/{path:path}")}
+# Numbers that every tenant has.
+COUNTED: Final = {"version", "sequence"}
+# A file's or a secret's name is no id: each tenant has names of its own, and may give one that another tenant uses.
+OWN_NAMES: Final = {
+    Operation("PUT", "/v1/workspaces/{name}/files/{path:path}"),
+    Operation("PUT", "/v1/secrets/{name}"),
+}
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class World:
     @property
     def secrets(self) -> list[str]:
         """All that must not come back to somebody else."""
-        return [*self.nonces, self.conversation, *(value for name, value in self.ids.items() if name != "version")]
+        return [*self.nonces, self.conversation, *(value for name, value in self.ids.items() if name not in COUNTED)]
 
     def found_in(self, response: httpx.Response, *, supplied: str = "") -> list[str]:
         """What of it a whole response holds, but for what the caller itself has sent."""
@@ -53,17 +58,18 @@ class World:
 
 
 async def new_world(service: Service) -> World:
-    tenant = await service.new_tenant()
+    tenant = await service.new_tenant(policy=None)
     world, admin = World(tenant), tenant.admin
     name, file = world.nonce(), f"{world.nonce()}.md"
     await admin.put_file(file, f"The word is {world.nonce()}.", workspace=name)
     for _ in range(3):
         policy = POLICY.replace("root: docs", f"root: {name}") + f"instructions: {world.nonce()}\n"
         version = await admin.publish(policy)
-    user = await admin.make("/v1/users", json={"name": world.nonce(), "role": "user"})
+    user = await admin.make("/v1/users", json={"name": world.nonce(), "role": "tenant_admin"})
     key = await admin.make("/v1/keys", json={"user_id": user["id"], "name": world.nonce()})
     issuer = await admin.make("/v1/issuers", json={"issuer": f"https://{world.nonce()}", "jwks": Issuer().jwks})
     switch = await admin.make("/v1/switches", json={"scope": "server", "target": "other", "reason": world.nonce()})
+    assert (await admin.put(f"/v1/secrets/{name}", json={"value": world.nonce()})).is_success
     asked = await tenant.user.ask(f"What does {file} say?", conversation=world.conversation)
     assert world.nonces[2] in asked.json()["answer"]
     world.nonces.append(key["key"].lower())
@@ -75,8 +81,12 @@ async def new_world(service: Service) -> World:
         "switch_id": switch["id"],
         "run_id": asked.json()["run_id"],
         "version": str(version),
+        "sequence": "1",
         "name": name,
         "path": file,
+        # None that is a tenant's own: of the platform, and what takes a hostile server to have.
+        "endpoint_id": str(uuid.uuid4()),
+        "quarantine_id": str(uuid.uuid4()),
     }
     for path in ("/v1/users", "/v1/keys", "/v1/policies", "/v1/audit/events"):
         world.cursors[path] = (await admin.get(path, params={"limit": 1})).json()["next_cursor"]
@@ -96,15 +106,21 @@ async def other(service: Service) -> Tenant:
 def unknown(ids: dict[str, str]) -> dict[str, str]:
     """The same shapes, of what nobody has."""
     strangers = {name: str(uuid.uuid4()) for name in ids if name.endswith("_id")}
-    return {"version": "999999", "name": "nowhere", "path": "absent.md"} | strangers
+    return {"version": "999999", "sequence": "1", "name": "nowhere", "path": "absent.md"} | strangers
 
 
 async def replay(client: Client, operation: Operation, ids: dict[str, str]) -> httpx.Response:
-    body: dict[str, str] | None = {} if operation.method == "POST" else None
+    body: dict[str, Any] | None = {} if operation.method == "POST" else None
+    if operation.method == "PATCH":
+        body = {"role": "user"}
+    if operation.path.endswith("/accept"):
+        body = {"digest": "0" * 64}
     if operation.path.endswith("/users"):
         body = {"name": secrets.token_hex(8), "role": "user"}
     if operation.path.endswith("/keys"):
         body = {"user_id": ids["user_id"], "name": "stolen"}
+    if operation.path.endswith("/dry-run"):
+        body = {"as": {"role": "user"}, "query": "hello"}
     return await client.request(operation.method, operation.url(ids), json=body)
 
 
@@ -130,7 +146,8 @@ async def test_of_those_ids_most_are_refused_as_missing_and_not_for_a_scope(worl
     """A 403 for everything would pass the test above; a tenant's admin has the scopes, so it is told 404."""
     answers = {operation: await replay(other.admin, operation, world.ids) for operation in WITH_IDS}
     forbidden = {operation for operation, answer in answers.items() if answer.status_code == 403}
-    assert forbidden == {operation for operation in WITH_IDS if operation.path.startswith("/v1/tenants/")}
+    platforms = ("/v1/tenants/", "/v1/platform/")
+    assert forbidden == {operation for operation in WITH_IDS if operation.path.startswith(platforms)}
 
 
 @pytest.mark.parametrize("operation", WITHOUT_IDS, ids=" ".join)
@@ -154,9 +171,12 @@ async def test_nothing_of_the_first_tenant_was_changed_by_all_that(world: World,
     keys = {key["id"]: key for key in (await admin.get("/v1/keys")).json()["items"]}
     assert keys[ids["key_id"]]["revoked_at"] is None
     assert keys[ids["key_id"]]["expires_at"] is None
-    assert (await admin.get(f"/v1/users/{ids['user_id']}")).json()["disabled_at"] is None
+    user = (await admin.get(f"/v1/users/{ids['user_id']}")).json()
+    assert (user["disabled_at"], user["role"]) == (None, "tenant_admin")
     assert [row["id"] for row in (await admin.get("/v1/issuers")).json()["items"]] == [ids["issuer_id"]]
     assert [row["id"] for row in (await admin.get("/v1/switches")).json()["items"]] == [ids["switch_id"]]
+    found = (await admin.get("/v1/secrets")).json()["items"]
+    assert [(row["name"], row["version"]) for row in found] == [(ids["name"], 1)]
     assert (await admin.get("/v1/me")).json()["policy_version"] == int(ids["version"])
 
 

@@ -14,13 +14,15 @@ from app.auth.keys import mint
 from app.scopes import Role
 from tests.auth.forgery import Issuer
 from tests.routes import ADMIN, AUDITOR, METRICS, PLATFORM, PUBLIC, ROLES, USER, Operation, operations
-from tests.service import Client, Service, new_client
+from tests.service import NO_TLS, Client, Service, new_client
 
 ABSENT: Final = {
     "version": "2000000000",
+    "sequence": "1",
     "name": "nowhere",
     "path": "absent.md",
     **dict.fromkeys(("run_id", "switch_id", "tenant_id", "user_id", "key_id", "issuer_id"), str(uuid.uuid4())),
+    **dict.fromkeys(("endpoint_id", "quarantine_id"), str(uuid.uuid4())),
 }
 
 
@@ -72,7 +74,7 @@ async def refused(service: Service) -> dict[str, dict[str, str]]:
 async def test_nothing_answers_without_a_credential(
     service: Service, refused: dict[str, dict[str, str]], operation: Operation
 ) -> None:
-    async with httpx.AsyncClient(base_url=service.url, trust_env=False) as stranger:
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False, verify=NO_TLS) as stranger:
         bodies = set()
         for name, headers in refused.items():
             stranger.headers.pop("authorization", None)
@@ -90,7 +92,7 @@ async def test_nothing_answers_without_a_credential(
 
 @pytest.mark.parametrize("operation", sorted(PUBLIC), ids=" ".join)
 async def test_what_is_public_answers_without_a_credential(service: Service, operation: Operation) -> None:
-    async with httpx.AsyncClient(base_url=service.url, trust_env=False) as stranger:
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False, verify=NO_TLS) as stranger:
         assert (await sent(operation, stranger)).status_code == 200
 
 

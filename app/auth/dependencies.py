@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 from uuid import UUID
 
 import structlog
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.auth.service import Authenticator
@@ -16,6 +16,8 @@ from app.caller import Caller
 from app.cursors import Cursors
 from app.db import Database
 from app.errors import Forbidden, Unauthenticated
+from app.etags import IfMatch, read_if_match
+from app.idempotency.once import Once
 from app.keyring import Keyring
 from app.platform_db import PlatformDatabase
 from app.scopes import Scope
@@ -87,6 +89,24 @@ ThePlatform = Annotated[PlatformDatabase, Depends(_platform)]
 TheDatabase = Annotated[Database, Depends(_database)]
 TheKeyring = Annotated[Keyring, Depends(_keyring)]
 TheCursors = Annotated[Cursors, Depends(_cursors)]
+_Key = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+_Tags = Annotated[str | None, Header(max_length=2000)]
+
+
+async def _once(
+    request: Request, response: Response, caller: AnyCaller, keyring: TheKeyring, idempotency_key: _Key = None
+) -> Once:
+    same = f"{request.url.query}\n".encode() + (await request.body() if idempotency_key is not None else b"")
+    route = f"{request.method} {request.url.path}"
+    return Once(keyring, caller.user_id, route, idempotency_key, request=same, headers=response.headers)
+
+
+async def _if_match(if_match: _Tags = None) -> IfMatch:
+    return read_if_match(if_match)
+
+
+OnlyOnce = Annotated[Once, Depends(_once)]
+TheIfMatch = Annotated[IfMatch, Depends(_if_match)]
 
 
 def acting(action: str) -> Callable[..., Awaitable[AccessibleTenantID]]:

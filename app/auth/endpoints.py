@@ -6,12 +6,24 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Self
 from uuid import UUID
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 from pydantic import AwareDatetime, Field, model_validator
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth import repository, service
-from app.auth.dependencies import Paging, TheDatabase, TheKeyring, acting, paging, requires
+from app.auth.dependencies import (
+    OnlyOnce,
+    Paging,
+    TheDatabase,
+    TheIfMatch,
+    TheKeyring,
+    acting,
+    paging,
+    requires,
+)
+from app.auth.service import NewKey
 from app.caller import Caller
+from app.etags import tagged
 from app.problems import responses
 from app.schemas import Answer, Body
 from app.scopes import Scope
@@ -94,15 +106,20 @@ class IssuerOut(Answer):
 
 
 class IssuersOut(Answer):
-    """All trusted issuers of the tenant."""
+    """A page of trusted issuers, in the order of their making."""
 
     items: list[IssuerOut]
+    next_cursor: str | None
 
 
 @router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 413, 422))
-async def create_key(body: KeyIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring) -> NewKeyOut:
-    """Its text is in this answer and nowhere else."""
-    return await _create_key(database, keyring, caller.tenant_id, body, caller)
+async def create_key(
+    body: KeyIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring, once: OnlyOnce
+) -> NewKeyOut:
+    """Its text is in this answer and nowhere else; sent again with its Idempotency-Key, the same answer has it."""
+    tenant_id = caller.tenant_id
+    async with database.transaction(tenant_id) as session:
+        return await once.make(session, tenant_id, lambda: _create_key(session, keyring, tenant_id, body, caller))
 
 
 @router.post(
@@ -117,9 +134,11 @@ async def create_tenant_key(
     caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))],
     database: TheDatabase,
     keyring: TheKeyring,
+    once: OnlyOnce,
 ) -> NewKeyOut:
     """Acting for the tenant: on both records, with the platform's admin as the actor."""
-    return await _create_key(database, keyring, tenant_id, body, caller)
+    async with database.transaction(tenant_id) as session:
+        return await once.make(session, tenant_id, lambda: _create_key(session, keyring, tenant_id, body, caller))
 
 
 @router.get("/v1/keys", summary="List API keys", responses=responses(401, 403, 422))
@@ -142,13 +161,16 @@ async def list_keys(
     responses=responses(401, 403, 404, 409, 413, 422),
 )
 async def rotate_key(
-    key_id: UUID, body: RotateIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring
+    key_id: UUID, body: RotateIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring, once: OnlyOnce
 ) -> NewKeyOut:
     """Both are valid until the overlap is over."""
     ends_at = datetime.now(UTC) + timedelta(seconds=body.overlap_s)
+
+    async def make() -> NewKeyOut:
+        return _out(await service.rotate_key(session, keyring, caller, key_id, old_ends_at=ends_at))
+
     async with database.transaction(caller.tenant_id) as session:
-        new = await service.rotate_key(session, keyring, caller, key_id, old_ends_at=ends_at)
-    return NewKeyOut(id=new.id, key=new.text, expires_at=new.expires_at)
+        return await once.make(session, caller.tenant_id, make)
 
 
 @router.delete(
@@ -163,9 +185,10 @@ async def revoke_key(key_id: UUID, caller: KeyWriter, database: TheDatabase) -> 
 @router.post(
     "/v1/issuers", status_code=201, summary="Trust an OIDC issuer", responses=responses(401, 403, 409, 413, 422)
 )
-async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDatabase) -> IssuerOut:
+async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDatabase, once: OnlyOnce) -> IssuerOut:
     """Its tokens must carry the audience in the answer, which is this tenant's alone."""
-    async with database.transaction(caller.tenant_id) as session:
+
+    async def make() -> IssuerOut:
         issuer_id = await service.register_issuer(
             session,
             caller,
@@ -174,41 +197,58 @@ async def register_issuer(body: IssuerIn, caller: IssuerWriter, database: TheDat
             jwks_uri=body.jwks_uri,
             role_claim=body.role_claim,
         )
-        return next(
-            IssuerOut.model_validate(row) for row in await repository.list_issuers(session) if row.id == issuer_id
-        )
+        return IssuerOut.model_validate(await repository.get_issuer(session, issuer_id))
+
+    async with database.transaction(caller.tenant_id) as session:
+        return await once.make(session, caller.tenant_id, make)
 
 
-@router.get("/v1/issuers", summary="List trusted issuers", responses=responses(401, 403))
-async def list_issuers(caller: IssuerReader, database: TheDatabase) -> IssuersOut:
+@router.get("/v1/issuers", summary="List trusted issuers", responses=responses(401, 403, 422))
+async def list_issuers(
+    caller: IssuerReader, database: TheDatabase, page: Annotated[Paging, Depends(paging("issuers"))]
+) -> IssuersOut:
     """Of the caller's tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        return IssuersOut(items=[IssuerOut.model_validate(row) for row in await repository.list_issuers(session)])
+        found = await repository.list_issuers(session, after=page.id, limit=page.limit)
+    next_cursor = page.next_cursor(found, lambda issuer: issuer.id)
+    return IssuersOut(items=[IssuerOut.model_validate(row) for row in found], next_cursor=next_cursor)
+
+
+@router.get("/v1/issuers/{issuer_id}", summary="Read a trusted issuer", responses=responses(401, 403, 404, 422))
+async def read_issuer(issuer_id: UUID, caller: IssuerReader, database: TheDatabase, response: Response) -> IssuerOut:
+    """Of the caller's tenant."""
+    async with database.transaction(caller.tenant_id) as session:
+        found = IssuerOut.model_validate(await repository.get_issuer(session, issuer_id))
+    return tagged(response, found)
 
 
 @router.delete(
     "/v1/issuers/{issuer_id}",
     status_code=204,
     summary="Trust an issuer no longer",
-    responses=responses(401, 403, 404, 422),
+    responses=responses(401, 403, 404, 412, 422),
 )
-async def remove_issuer(issuer_id: UUID, caller: IssuerWriter, database: TheDatabase) -> None:
+async def remove_issuer(issuer_id: UUID, caller: IssuerWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """From the next request on."""
     async with database.transaction(caller.tenant_id) as session:
+        if_match.check(IssuerOut.model_validate(await repository.get_issuer(session, issuer_id)))
         await service.remove_issuer(session, caller, issuer_id)
 
 
 async def _create_key(
-    database: TheDatabase, keyring: TheKeyring, tenant_id: UUID, body: KeyIn, caller: Caller
+    session: AsyncSession, keyring: TheKeyring, tenant_id: UUID, body: KeyIn, caller: Caller
 ) -> NewKeyOut:
-    async with database.transaction(tenant_id) as session:
-        new = await service.create_key(
-            session,
-            keyring,
-            tenant_id,
-            user_id=body.user_id,
-            name=body.name,
-            expires_at=body.expires_at,
-            actor_id=caller.user_id,
-        )
+    new = await service.create_key(
+        session,
+        keyring,
+        tenant_id,
+        user_id=body.user_id,
+        name=body.name,
+        expires_at=body.expires_at,
+        actor_id=caller.user_id,
+    )
+    return _out(new)
+
+
+def _out(new: NewKey) -> NewKeyOut:
     return NewKeyOut(id=new.id, key=new.text, expires_at=new.expires_at)

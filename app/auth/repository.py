@@ -27,11 +27,15 @@ join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
 join tenants t on t.id = k.tenant_id
 where k.lookup = :lookup
 """)
+# A role that a token has claimed stays as it is for as long as its issuer is trusted; any other is the user's own.
 _IS_ACTIVE: Final = text("""
 select u.disabled_at is null and t.status = 'active'
-       and (cast(:key_id as uuid) is null
-            or exists (select 1 from api_keys k where k.tenant_id = u.tenant_id and k.id = :key_id
-                       and k.revoked_at is null and coalesce(k.expires_at > now(), true)))
+       and case when cast(:key_id as uuid) is null
+           then exists (select 1 from issuers i where i.tenant_id = u.tenant_id and i.issuer = u.issuer
+                        and (i.role_claim is not null or u.role = :role))
+           else u.role = :role and exists (
+               select 1 from api_keys k where k.tenant_id = u.tenant_id and k.id = :key_id
+               and k.revoked_at is null and coalesce(k.expires_at > now(), true)) end
 from users u join tenants t on t.id = u.tenant_id
 where u.tenant_id = :tenant_id and u.id = :user_id
 """)
@@ -76,9 +80,9 @@ async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
 
 
 async def recheck(session: AsyncSession, caller: Caller) -> None:
-    """Raise Unauthenticated where the caller's key, user or tenant has ended since the request began."""
-    ids = {"tenant_id": caller.tenant_id, "user_id": caller.user_id, "key_id": caller.key_id}
-    if not await session.scalar(_IS_ACTIVE, ids):
+    """Raise Unauthenticated where the caller's credential, user, role or tenant has ended since the request began."""
+    values = {"tenant_id": caller.tenant_id, "user_id": caller.user_id, "key_id": caller.key_id, "role": caller.role}
+    if not await session.scalar(_IS_ACTIVE, values):
         raise Unauthenticated
 
 
@@ -151,15 +155,24 @@ async def insert_issuer(session: AsyncSession, tenant_id: UUID, issuer_id: UUID,
     await session.execute(insert(Issuer).values(tenant_id=tenant_id, id=issuer_id, **values))
 
 
-async def list_issuers(session: AsyncSession) -> Sequence[Issuer]:
-    """Of the transaction's tenant."""
-    return (await session.scalars(select(Issuer).order_by(Issuer.id))).all()
-
-
-async def delete_issuer(session: AsyncSession, issuer_id: UUID) -> Issuer:
-    """Give what was deleted; raise NotFound."""
+async def get_issuer(session: AsyncSession, issuer_id: UUID) -> Issuer:
+    """Raise NotFound."""
     issuer = await session.scalar(select(Issuer).where(Issuer.id == issuer_id))
     if issuer is None:
         raise NotFound
-    await session.execute(delete(Issuer).where(Issuer.id == issuer_id))
+    return issuer
+
+
+async def list_issuers(session: AsyncSession, *, after: UUID | None, limit: int) -> Sequence[Issuer]:
+    """Of the transaction's tenant, in the order of their making."""
+    query = select(Issuer).order_by(Issuer.id).limit(limit)
+    return (await session.scalars(query if after is None else query.where(Issuer.id > after))).all()
+
+
+async def delete_issuer(session: AsyncSession, issuer_id: UUID) -> Issuer:
+    """Give what was deleted; raise NotFound, to all but one of those who try at once."""
+    statement = delete(Issuer).where(Issuer.id == issuer_id).returning(Issuer)
+    issuer: Issuer | None = await session.scalar(statement)
+    if issuer is None:
+        raise NotFound
     return issuer

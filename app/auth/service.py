@@ -237,7 +237,7 @@ async def rotate_key(
 
 async def revoke_key(session: AsyncSession, caller: Caller, key_id: UUID) -> None:
     """End a key at once, its runs in flight included. Raise NotFound."""
-    key = await repository.get_key(session, key_id)
+    key = await repository.get_key(session, key_id, for_update=True)
     data = {"key_id": key_id, "user_id": key.user_id, "before": {"revoked": key.revoked_at is not None}}
     await repository.revoke_key(session, key_id)
     await audit.append(session, caller.tenant_id, Event(EventType.KEY_REVOKED, actor_id=caller.user_id, data=data))

@@ -181,7 +181,7 @@ def verify(
 
 
 def sign(claims: Mapping[str, Any], *, kid: str, private_pem: str) -> str:
-    """Sign with ES256: for the development issuer, the only one that we are."""
+    """Sign with ES256, for the two issuers that we are: the demo's, and that of identities for remote servers."""
     return jws.sign(dict(claims), private_pem, headers={"kid": kid}, algorithm=Algorithm.ES256.value)
 
 

@@ -32,7 +32,7 @@ from app.tenants.images import unmount_below
 _OWN: Final = "machine.env"
 _PLATFORM_KEY: Final = "BULKHEAD_PLATFORM_KEY"
 # What else a start may have left before it wrote _OWN, or `bulkhead serve` without ever writing it.
-_KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "volumes", "servers"}
+_KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "volumes", "servers", "catalogue"}
 
 
 class Machine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -44,20 +45,34 @@ class RateLimiter:
     def __init__(self) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    async def hit(self, limit: str, *, tenant_id: UUID, user_id: UUID) -> Window:
-        """Count one request against `limit` ("10/minute"); a refused one does not count."""
-        item = parse(limit)
-        key = ("moving-window", str(tenant_id), str(user_id))
-        is_allowed = await self._limiter.hit(item, *key)
-        reset, remaining = await self._limiter.get_window_stats(item, *key)
-        reset_in_s = max(1, math.ceil(reset - time.time()))
-        return Window(is_allowed, item, remaining, reset_in_s)
+    async def hit(self, *limits: str, tenant_id: UUID, user_id: UUID) -> Window:
+        """Count one request against each of `limits` ("10/minute"); a refused one does not count.
 
-    async def peek(self, limit: str, *, tenant_id: UUID, user_id: UUID) -> Window:
+        Gives the window that refuses, or the one with the fewest places left.
+        """
+        key = "moving-window", str(tenant_id), str(user_id)
+        items = [parse(limit) for limit in limits]
+        # Asked first, so that what one limit refuses takes no place in another; the hit itself decides.
+        for item in items if len(items) > 1 else ():
+            if not await self._limiter.test(item, *key):
+                return await self._window(item, key, is_allowed=False)
+        for item in items:
+            if not await self._limiter.hit(item, *key):
+                return await self._window(item, key, is_allowed=False)
+        return await self._tightest(items, key)
+
+    async def peek(self, *limits: str, tenant_id: UUID, user_id: UUID) -> Window:
         """Where the caller stands, without counting."""
-        item = parse(limit)
-        reset, remaining = await self._limiter.get_window_stats(item, "moving-window", str(tenant_id), str(user_id))
-        return Window(remaining > 0, item, remaining, max(1, math.ceil(reset - time.time())))
+        items = [parse(limit) for limit in limits]
+        return await self._tightest(items, ("moving-window", str(tenant_id), str(user_id)))
+
+    async def _tightest(self, items: Sequence[RateLimitItem], key: tuple[str, ...]) -> Window:
+        windows = [await self._window(item, key, is_allowed=True) for item in items]
+        return min(windows, key=lambda window: (window.remaining, -window.reset_in_s))
+
+    async def _window(self, item: RateLimitItem, key: tuple[str, ...], *, is_allowed: bool) -> Window:
+        reset, remaining = await self._limiter.get_window_stats(item, *key)
+        return Window(is_allowed, item, remaining, max(1, math.ceil(reset - time.time())))
 
 
 def exceeded(window: Window) -> RateLimitExceeded:

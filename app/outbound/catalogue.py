@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+import httpx
 
 from app.errors import Fault
+from app.outbound.addresses import is_loopback, is_public
 from app.settings import Settings
 
 
@@ -18,11 +22,28 @@ class ModelEndpoint:
     models: tuple[str, ...]  # the first is the default
 
 
-@dataclass(frozen=True, slots=True)
 class ModelCatalogue:
-    """Endpoints by the name that a policy's `model.use` takes."""
+    """Endpoints by the name that a policy's `model.use` takes: those of the settings, and those that are stored.
 
-    endpoints: Mapping[str, ModelEndpoint]
+    The stored ones come and go while the service is up; one of the settings is never hidden by one of them.
+    """
+
+    def __init__(self, own: Mapping[str, ModelEndpoint]) -> None:
+        self._own = dict(own)
+        self._stored: Mapping[str, ModelEndpoint] = {}
+
+    @property
+    def endpoints(self) -> Mapping[str, ModelEndpoint]:
+        """All that a policy may name now."""
+        return {**self._stored, **self._own}
+
+    def is_own(self, name: str) -> bool:
+        """True for an entry that only the settings change."""
+        return name in self._own
+
+    def replace_stored(self, stored: Mapping[str, ModelEndpoint]) -> None:
+        """What is stored now, as a whole."""
+        self._stored = dict(stored)
 
     def faults(self, use: str, name: str | None) -> list[Fault]:
         """What a policy that names this model gets wrong; empty where it may."""
@@ -46,3 +67,27 @@ def from_settings(settings: Settings, rehearsal: ModelEndpoint | None) -> ModelC
     if rehearsal is not None:
         endpoints["rehearsal"] = rehearsal
     return ModelCatalogue(endpoints)
+
+
+def base_url_fault(text: str, *, allow_loopback: bool) -> str | None:
+    """What is wrong with a base URL, as far as it shows it: what a name resolves to is vetted at each connection."""
+    try:
+        url = httpx.URL(text)
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError):  # the latter for names that are no IDNA, and for lone surrogates
+        return "is not a URL"
+    if url.scheme not in ("https", "http") or not host:
+        return "must begin with https:// and a host"
+    if url.userinfo or url.query or url.fragment or "?" in text or "#" in text:
+        return "must have no user, no query and no fragment"
+    try:
+        address = ip_address(host)
+    except ValueError:
+        is_local = host == "localhost"
+        is_refused = is_local and not allow_loopback
+    else:
+        is_local = is_loopback(address)
+        is_refused = not is_public(address) and not (is_local and allow_loopback)
+    if is_refused:
+        return "names an address that may not be called"
+    return "must be https" if url.scheme == "http" and not is_local else None

@@ -32,6 +32,7 @@ _ANSWERS: Final = {
     "malformed": (400, "This is no host and port."),
     "literal_address": (403, "Hosts are named, not numbered."),
     "not_listed": (403, "This host and port are not among those that the policy allows."),
+    "other_path": (403, "Only the path that the policy names may be asked for."),
     "not_public": (403, "The host has an address that is not public."),
     "forbidden_address": (403, "The host has an address that nobody may reach."),
     "does_not_resolve": (502, "The host's name does not resolve."),
@@ -170,6 +171,8 @@ class OpenGrant:
         if fault is not None:
             await client.refuse(*fault)
             return
+        if door.path and request.target != door.path.encode():
+            await self._refuse(number, door.host, door.port, "other_path")
         async with self._linked(number, door.host, door.port, tls=self._tls) as link:
             client.count = link.count_up
             link.count_up(head_bytes(request))

@@ -13,8 +13,15 @@ from app.outbound.destinations import Refused, normal_host
 _MIB: Final = 1 << 20
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _FIELD_VALUE: Final = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
-# Those the relay writes itself; one of them as a secret would break the framing.
-_FRAMING: Final = {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
+_PATH: Final = re.compile(r"/[\x21-\x7e]*")
+# Those the relay writes itself, and those of one connection; one of them as a secret would break the framing.
+_FRAMING: Final = frozenset(
+    {
+        *("host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"),
+        *("keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "bulkhead-egress"),
+    }
+)
+_MAX_VALUE: Final = 8 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +48,42 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Reverse:
-    """Plain HTTP/1.1 inside, https to one host outside, with headers that the server inside never sees."""
+    """Plain HTTP/1.1 inside, https to one host outside, with headers that the server inside never sees.
+
+    `path` is the one target that requests may name; empty: any.
+    """
 
     host: str
     port: int
     headers: tuple[tuple[str, str], ...] = field(repr=False)
+    path: str = ""
 
     def __post_init__(self) -> None:
         _check(self.host, self.port)
+        if self.path and not _PATH.fullmatch(self.path):
+            raise ValueError("not the target of a request")
         for name, value in self.headers:
-            if not _FIELD_NAME.fullmatch(name) or name.lower() in _FRAMING:
+            if not is_addable(name):
                 raise ValueError("not a header that may be added")
-            if not _FIELD_VALUE.fullmatch(value):
+            if not is_header_value(value):
                 raise ValueError("not the value of a header")  # which may be a secret: it is not repeated
+        if len({folded(name) for name, _ in self.headers}) < len(self.headers):
+            raise ValueError("a header is added twice")
+
+
+def folded(name: str) -> str:
+    """What a header's name comes to: some servers read an underscore as a hyphen."""
+    return name.lower().replace("_", "-")
+
+
+def is_addable(name: str) -> bool:
+    """Whether a header of that name may be added to requests."""
+    return bool(_FIELD_NAME.fullmatch(name)) and folded(name) not in _FRAMING
+
+
+def is_header_value(text: str) -> bool:
+    """Whether it goes into a header as it is: printable ASCII, no space at its ends."""
+    return len(text) <= _MAX_VALUE and bool(_FIELD_VALUE.fullmatch(text))
 
 
 Door = Proxy | Forward | Reverse

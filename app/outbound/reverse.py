@@ -18,7 +18,7 @@ _CHUNK: Final = 64 * 1024
 # Of one connection and not of the request (RFC 9110, 7.6.1). Framing is said anew.
 _HOP_BY_HOP: Final = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
-    b"upgrade expect content-length host".split()
+    b"upgrade expect content-length host bulkhead-egress".split()
 )
 # They ask for the request back, with what was added to it.
 _ECHOING: Final = frozenset((b"TRACE", b"TRACK"))
@@ -56,6 +56,7 @@ class Side:
             return False
         body = f"Bulkhead egress: {text}\n".encode()
         headers = [("content-type", "text/plain"), ("content-length", str(len(body))), ("connection", "close")]
+        headers.append(("bulkhead-egress", "refused"))  # which no other side can say: see _HOP_BY_HOP
         await self.send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()))
         await self.send(h11.Data(data=body))
         await self.send(h11.EndOfMessage())
@@ -79,9 +80,8 @@ def head_bytes(request: h11.Request) -> int:
 def passed_on(request: h11.Request, host: str, secrets: Sequence[tuple[str, str]]) -> h11.Request:
     """The request for the other side: another host, our headers in place of its own by the same names."""
     added = [(name.encode(), value.encode()) for name, value in secrets]
-    # Some servers read an underscore as a hyphen: X_Api_Key would stand beside ours.
-    ours = {name.lower().replace(b"_", b"-") for name, _ in added}
-    kept = [pair for pair in _end_to_end(request.headers) if pair[0].replace(b"_", b"-") not in ours]
+    ours = {_folded(name) for name, _ in added}
+    kept = [pair for pair in _end_to_end(request.headers) if _folded(pair[0]) not in ours]
     headers = [(b"host", host.encode()), *kept, *_framing(request.headers), *added, (b"connection", b"close")]
     return h11.Request(method=request.method, target=request.target, headers=headers)
 
@@ -122,8 +122,13 @@ async def _pass_answer(client: Side, upstream: Side) -> None:
 
 
 def _end_to_end(headers: Headers) -> list[tuple[bytes, bytes]]:
-    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
-    return [(name, value) for name, value in headers if name not in _HOP_BY_HOP | named]
+    named = {_folded(token.strip()) for name, value in headers if name == b"connection" for token in value.split(b",")}
+    return [(name, value) for name, value in headers if _folded(name) not in _HOP_BY_HOP | named]
+
+
+def _folded(name: bytes) -> bytes:
+    """Some servers read an underscore as a hyphen: X_Api_Key would stand beside ours, Content_Length beside h11's."""
+    return name.lower().replace(b"_", b"-")
 
 
 def _framing(headers: Headers) -> list[tuple[bytes, bytes]]:

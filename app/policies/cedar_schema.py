@@ -110,15 +110,20 @@ def _without_null(schema: Any) -> tuple[Any, bool]:
     return schema, False
 
 
-def schema_of(actions: Iterable[Action], servers: Iterable[str]) -> dict[str, Any]:
-    """The Cedar schema, in its JSON form. Roles and servers are closed lists: a typing error is found at publish."""
+def schema_of(actions: Iterable[Action], servers: Iterable[str], *, overrides: int = 0) -> dict[str, Any]:
+    """The Cedar schema, in its JSON form. Roles and servers are closed lists: a typing error is found at publish.
+
+    Rules of a tenant are checked without `overrides`, so that they cannot name them.
+    """
     actions, servers = list(actions), sorted(servers)
+    groups = {"Override": {"enum": [str(place) for place in range(overrides)]}} if overrides else {}
     return {
         "": {
             "entityTypes": {
-                "User": {"memberOfTypes": ["Role"]},
+                "User": {"memberOfTypes": ["Role", *groups]},
                 "Role": {"enum": [role.value for role in Role]},
                 "Server": {"enum": servers} if servers else {},
+                **groups,
             },
             "actions": {server: {} for server in servers} | {action.name: _action(action) for action in actions},
         }

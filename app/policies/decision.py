@@ -21,6 +21,9 @@ class BuiltIn(StrEnum):
     EXTENSION = "extension"
     URL = "url"
     HOST = "host"
+    TOOL_SEARCH = "tool_search"
+    KILL_SWITCH = "kill_switch"
+    NOT_DECIDED = "not_decided"
 
 
 @dataclass(frozen=True, slots=True)

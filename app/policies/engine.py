@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import cedarpy
@@ -17,14 +18,24 @@ from app.policies.arguments import check_arguments, check_reading
 from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of, schema_of
 from app.policies.decision import BuiltIn, Decision, Denial
 from app.policies.document import PolicyDocument, PolicyInvalid
+from app.policies.overrides import prefix
 from app.policies.patterns import matching
 from app.policies.rules import Rule
+from app.policies.standing import RuleIndex, Standing
 from app.policies.strict_yaml import pointer
-from app.policies.tool_schema import ArgumentSchema, Schema, expand, prepare
+from app.policies.tool_schema import ArgumentSchema, Schema, expand, prepare, size_of
 
 __all__ = ["CompiledPolicy", "Decision", "PinnedTool", "ToolRequest", "compile_policy"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_CALLERS: Final = 1_000
+# All of them hold the names of all tools: about 0.2 KB for each.
+_MAX_NAMES: Final = 100_000
+# All servers together: with these and 500 rules a policy compiles in seconds.
+MAX_TOOLS: Final = 1_024
+MAX_SCHEMA_VALUES: Final = 25_000
+# Pairs of a glob and a tool that it matches.
+MAX_MATCHES: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +60,21 @@ class ToolRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Tool:
+    """`covering` are the rules that are about it, as its policy's index has them."""
+
     pinned: PinnedTool
     schema: ArgumentSchema
     arguments: Record
-    hidden_by: str | None
+    covering: int
     reading_costs: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """What the rules know of a caller: the rules that mean it, and itself with all that it is in."""
+
+    meant_by: int
+    entities: cedarpy.Entities
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,45 +82,73 @@ class CompiledPolicy:
     """A policy against the tools pinned for it: parsed once, asked often, never changed."""
 
     _tools: Mapping[str, _Tool] = field(repr=False)
+    _index: RuleIndex = field(repr=False)
     _policies: cedarpy.PolicySet = field(repr=False)
-    _entities: cedarpy.Entities = field(repr=False)
     _schema: cedarpy.Schema = field(repr=False)
+    _caller: Callable[[str, str], _Caller] = field(repr=False)
+    # All that decide, those that globs stand for too: to be explained by, never to decide.
+    rules: tuple[Rule, ...] = field(repr=False, default=())
 
-    @property
-    def visible_tools(self) -> tuple[PinnedTool, ...]:
-        """The tools that some call could be allowed to use; every call of the others is denied."""
-        return tuple(tool.pinned for tool in self._tools.values() if tool.hidden_by is None)
+    def visible_to(self, user_id: str, role: str) -> tuple[PinnedTool, ...]:
+        """The tools that some call of this caller could be allowed to use; every call of the others is denied."""
+        meant_by = self._caller(user_id, role).meant_by
+        hidden_by = self._index.hidden_by
+        return tuple(tool.pinned for tool in self._tools.values() if hidden_by(tool.covering & meant_by) is None)
+
+    def standings(self, user_id: str, role: str) -> dict[str, Standing]:
+        """How this caller stands towards each tool, by name, whatever the arguments."""
+        meant_by = self._caller(user_id, role).meant_by
+        return {name: self._index.standing(tool.covering & meant_by) for name, tool in self._tools.items()}
 
     def decide(self, request: ToolRequest) -> Decision:
         """The verdict on one call; whatever is not clearly allowed is denied, and says by which rule."""
         tool = self._tools.get(request.tool)
         if tool is None:
             return Decision.deny(BuiltIn.UNKNOWN_TOOL, "There is no tool of that name.")
-        if tool.hidden_by is not None:
-            return Decision.deny(tool.hidden_by, "The policy denies every use of this tool.")
+        caller = self._caller(request.user_id, request.role)
+        if rule := self._index.hidden_by(tool.covering & caller.meant_by):
+            return Decision.deny(rule, "The policy denies every use of this tool.")
         if denial := _check(tool, request.arguments):
             return Decision.deny(denial.rule, denial.reason)
         try:
             arguments = project(request.arguments, tool.arguments)
         except Unrepresentable as error:
             return Decision.deny(BuiltIn.UNREPRESENTABLE, str(error))
-        return self._authorize(request, tool.pinned.server, arguments)
+        try:
+            return _verdict(self._ask(request, tool.pinned.server, arguments, self._policies))
+        except ValueError:
+            return _policy_error()
 
-    def _authorize(self, request: ToolRequest, server: str, arguments: Mapping[str, Any]) -> Decision:
-        user = {"type": "User", "id": request.user_id}
-        parents = [{"type": "Role", "id": request.role}]
+    def firing(self, request: ToolRequest) -> tuple[str, ...]:
+        """The names of all rules that hold on this call, those too that another outdoes: to explain, not to decide.
+
+        None where the call does not fit its tool, so that no rule is asked.
+        """
+        tool = self._tools.get(request.tool)
+        if tool is None or _check(tool, request.arguments):
+            return ()
+        found: set[str] = set()
+        for is_permit in (True, False):  # alone, since of an answer only the rules of its own side are told
+            policies = _policy_set(rule for rule in self.rules if rule.is_permit is is_permit)
+            try:
+                arguments = project(request.arguments, tool.arguments)
+                found |= set(self._ask(request, tool.pinned.server, arguments, policies).diagnostics.reasons)
+            except ValueError:
+                return ()
+        return tuple(sorted(found))
+
+    def _ask(
+        self, request: ToolRequest, server: str, arguments: Mapping[str, Any], policies: cedarpy.PolicySet
+    ) -> cedarpy.AuthzResult:
+        """Raise ValueError where Cedar cannot read it."""
         asked = {
-            "principal": user,
+            "principal": {"type": "User", "id": request.user_id},
             "action": {"type": "Action", "id": request.tool},
             "resource": {"type": "Server", "id": server},
             "context": {"arguments": arguments, "user": request.user_id, "role": request.role},
         }
-        try:
-            entities = self._entities.with_added_json_str(json.dumps([{"uid": user, "attrs": {}, "parents": parents}]))
-            answer = cedarpy.is_authorized(asked, self._policies, entities, self._schema)
-        except ValueError:
-            return _policy_error()
-        return _verdict(answer)
+        entities = self._caller(request.user_id, request.role).entities
+        return cedarpy.is_authorized(asked, policies, entities, self._schema)
 
 
 def _check(tool: _Tool, arguments: Mapping[str, Any]) -> Denial | None:
@@ -129,31 +178,64 @@ def compile_policy(document: PolicyDocument, tools: Sequence[PinnedTool]) -> Com
     It parses and validates, so it takes milliseconds to seconds: in a server, call it in a thread.
     """
     faults = list(_tool_faults(document, tools))
+    if len(tools) > MAX_TOOLS:
+        raise PolicyInvalid(faults=faults)
     schemas = _expand_all(tools, faults)
     written = _read_rules(document, faults)
     rules = [*_glob_rules(document, [tool.name for tool in tools], faults), *written]
     if faults:
         raise PolicyInvalid(faults=faults)
-    # Without rules nothing reads the arguments, so no argument need be representable.
-    records = {name: record_of(schema) if written else Record() for name, (schema, _) in schemas.items()}
+    actions = [Action(tool.name, tool.server, record_of(schemas[tool.name][0])) for tool in tools]
+    _check_rules(document, actions, written)
+    return _compiled(document, sorted(tools, key=lambda tool: tool.name), schemas, rules)
+
+
+def _compiled(
+    document: PolicyDocument,
+    tools: Sequence[PinnedTool],
+    schemas: Mapping[str, tuple[Schema, ArgumentSchema]],
+    rules: Sequence[Rule],
+) -> CompiledPolicy:
+    index = RuleIndex(rules)
+    covering = {tool.name: index.covering(tool.name, tool.server) for tool in tools}
+    # Where no rule reads the arguments, no argument need be representable.
+    records = {
+        name: record_of(schemas[name][0]) if index.is_conditional(covering[name]) else Record() for name in covering
+    }
     actions = [Action(tool.name, tool.server, records[tool.name]) for tool in tools]
-    schema = _cedar_schema(document, actions, written)
-    reading_costs = cedar_rules.reading_costs(written, actions)
-    return CompiledPolicy(
-        {
-            tool.name: _Tool(
-                tool, schemas[tool.name][1], records[tool.name], _hidden_by(tool, rules), reading_costs[tool.name]
-            )
-            for tool in sorted(tools, key=lambda tool: tool.name)
-        },
-        _policy_set(rules),
-        cedarpy.Entities.from_json_str("[]", schema),
-        schema,
-    )
+    schema = _schema(document, actions, overrides=len(document.overrides))
+    costs = cedar_rules.reading_costs(rules, actions)
+    made = {
+        tool.name: _Tool(tool, schemas[tool.name][1], records[tool.name], covering[tool.name], costs[tool.name])
+        for tool in tools
+    }
+    callers = _callers(document, index, schema, tools=len(tools))
+    return CompiledPolicy(made, index, _policy_set(rules), schema, callers, tuple(rules))
+
+
+def _callers(
+    document: PolicyDocument, index: RuleIndex, schema: cedarpy.Schema, *, tools: int
+) -> Callable[[str, str], _Caller]:
+    """Callers by user id and role, the latest kept."""
+
+    @lru_cache(maxsize=min(_MAX_CALLERS, _MAX_NAMES // max(1, tools)))
+    def caller(user_id: str, role: str) -> _Caller:
+        groups = [("Role", role), *((cedar_rules.OVERRIDE, str(n)) for n in document.meant_for(user_id, role))]
+        user = {
+            "uid": {"type": "User", "id": user_id},
+            "attrs": {},
+            "parents": [{"type": kind, "id": name} for kind, name in groups],
+        }
+        meant_by = index.meaning(frozenset({("User", user_id), *groups}))
+        return _Caller(meant_by, cedarpy.Entities.from_json_str(json.dumps([user]), schema))
+
+    return caller
 
 
 def _tool_faults(document: PolicyDocument, tools: Sequence[PinnedTool]) -> Iterator[Fault]:
     count = Counter(tool.name for tool in tools)
+    if len(tools) > MAX_TOOLS:
+        yield Fault("/servers", f"the servers declare {len(tools)} tools; {MAX_TOOLS} are allowed")
     for tool in tools:
         where, name = pointer("servers", tool.server), tool.name[:80]
         if tool.server not in document.servers:
@@ -166,25 +248,78 @@ def _tool_faults(document: PolicyDocument, tools: Sequence[PinnedTool]) -> Itera
 
 def _expand_all(tools: Iterable[PinnedTool], faults: list[Fault]) -> dict[str, tuple[Schema, ArgumentSchema]]:
     prepared = {}
-    for tool in tools:
+    for tool, schema in _expanded(tools, faults):
         try:
-            schema = expand(tool.input_schema)
             prepared[tool.name] = schema, prepare(schema, dialect=tool.input_schema.get("$schema"))
         except ValueError as error:
-            faults.append(Fault(pointer("servers", tool.server), f"tool {tool.name[:80]}: {error}"))
+            faults.append(_unfit(tool, error))
     return prepared
 
 
+def _expanded(tools: Iterable[PinnedTool], faults: list[Fault]) -> list[tuple[PinnedTool, Schema]]:
+    """None of them where they pass the bound together: what is refused costs no more than to notice."""
+    expanded, size = [], 0
+    for tool in tools:
+        try:
+            expanded.append((tool, expand(tool.input_schema)))
+        except ValueError as error:
+            faults.append(_unfit(tool, error))
+            continue
+        size += size_of(expanded[-1][1])
+        if size > MAX_SCHEMA_VALUES:
+            faults.append(Fault("/servers", f"the schemas of the tools hold more than {MAX_SCHEMA_VALUES} values"))
+            return []
+    return expanded
+
+
+def _unfit(tool: PinnedTool, error: ValueError) -> Fault:
+    return Fault(pointer("servers", tool.server), f"tool {tool.name[:80]}: {error}")
+
+
 def _glob_rules(document: PolicyDocument, names: Sequence[str], faults: list[Fault]) -> list[Rule]:
+    """What the globs stand for, but for those that match nothing."""
+    rules, matches = [], 0
+    for rule in _globbed(document, names, faults):
+        matches += len(rule.tools)
+        if matches > MAX_MATCHES:
+            message = f"the globs match tools more than {MAX_MATCHES} times: write fewer, wider ones"
+            faults.append(Fault("/tools", message))
+            break
+        rules.append(rule)
+    return [rule for rule in rules if rule.tools]
+
+
+def _globbed(document: PolicyDocument, names: Sequence[str], faults: list[Fault]) -> Iterator[Rule]:
     """A deny that matches nothing is prudence, an allow that matches nothing is a mistake."""
-    rules = []
-    for effect, verb, globs in (("permit", "allow", document.tools.allow), ("forbid", "deny", document.tools.deny)):
-        for place, glob in enumerate(globs):
-            if found := matching(glob, names):
-                rules.append(cedar_rules.over(effect, found, name=f"{verb}:{glob}"))
-            elif effect == "permit":
-                faults.append(Fault(pointer("tools", verb, place), f"{glob} matches no tool"))
-    return rules
+    for place, glob in enumerate(document.tools.allow):
+        found = _matched(glob, names, pointer("tools", "allow", place), faults)
+        yield cedar_rules.over("permit", found, name=f"allow:{glob}")
+    yield from _denials(document.tools.deny, names)
+    for place, override in enumerate(document.overrides):
+        if override.tools.allow is not None:
+            yield _outside(place, override.tools.allow, names, faults)
+        yield from _denials(override.tools.deny, names, override=place)
+
+
+def _denials(globs: Iterable[str], names: Sequence[str], *, override: int | None = None) -> Iterator[Rule]:
+    before = "" if override is None else f"{prefix(override)}."
+    for glob in dict.fromkeys(globs):
+        yield cedar_rules.over("forbid", matching(glob, names), name=f"{before}deny:{glob}", override=override)
+
+
+def _outside(override: int, globs: Iterable[str], names: Sequence[str], faults: list[Fault]) -> Rule:
+    """The list of what an override still allows, turned into a forbid of everything else."""
+    where = pointer("overrides", override, "tools", "allow")
+    inside = {name for place, glob in enumerate(globs) for name in _matched(glob, names, f"{where}/{place}", faults)}
+    others = sorted(set(names) - inside)
+    return cedar_rules.over("forbid", others, name=f"{prefix(override)}.allow", override=override)
+
+
+def _matched(glob: str, names: Sequence[str], where: str, faults: list[Fault]) -> list[str]:
+    found = matching(glob, names)
+    if not found:
+        faults.append(Fault(where, f"{glob} matches no tool"))
+    return found
 
 
 def rule_faults(document: PolicyDocument) -> list[Fault]:
@@ -204,14 +339,19 @@ def _read_rules(document: PolicyDocument, faults: list[Fault]) -> list[Rule]:
     return rules
 
 
-def _cedar_schema(document: PolicyDocument, actions: Sequence[Action], rules: Sequence[Rule]) -> cedarpy.Schema:
-    schema = cedarpy.Schema.from_json_str(json.dumps(schema_of(actions, document.servers)))
-    faults = cedar_rules.schema_faults(document.tools.rules, rules, schema)
+def _check_rules(document: PolicyDocument, actions: Sequence[Action], rules: Sequence[Rule]) -> None:
+    """Raise PolicyInvalid where the rules do not fit the tools."""
+    if not rules:
+        return
+    faults = cedar_rules.schema_faults(document.tools.rules, rules, _schema(document, actions))
     for rule in rules:
         faults += cedar_rules.guard_faults(rule, actions)
     if faults:
         raise PolicyInvalid(faults=faults)
-    return schema
+
+
+def _schema(document: PolicyDocument, actions: Sequence[Action], *, overrides: int = 0) -> cedarpy.Schema:
+    return cedarpy.Schema.from_json_str(json.dumps(schema_of(actions, document.servers, overrides=overrides)))
 
 
 def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:
@@ -222,12 +362,3 @@ def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:
     except ValueError as error:
         fault = Fault(cedar_rules.WHERE, "A rule is too deep to compile: join at most 50 conditions in one rule.")
         raise PolicyInvalid(faults=[fault]) from error
-
-
-def _hidden_by(tool: PinnedTool, rules: Iterable[Rule]) -> str | None:
-    """The rule that denies every use of the tool, by anyone with any arguments; None when a use could be allowed."""
-    covering = [rule for rule in rules if rule.covers(tool.name, tool.server)]
-    forbids = [rule.id for rule in covering if not rule.is_permit and rule.is_unconditional]
-    if not forbids and not any(rule.is_permit for rule in covering):
-        return BuiltIn.DEFAULT_DENY
-    return min(forbids, default=None)

@@ -17,6 +17,8 @@ from app.policies.decision import BuiltIn
 
 WHERE: Final = "/tools/rules"
 MAX_RULES: Final = 500
+# What callers are in whom an override means. A tenant's own rules cannot name it: it is not in their schema.
+OVERRIDE: Final = "Override"
 MAX_NESTING: Final = 20
 MAX_RULE_LENGTH: Final = 3_000
 # Two texts of a rule may be matched against each other; all of them together are bounded by the document's bound.
@@ -34,6 +36,10 @@ class Unparsable(ValueError):
     """The rules are not Cedar, or more of it than we hand to its parser."""
 
 
+Entity = tuple[str, str]
+"""Type and id, as Cedar's JSON has them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One statement, in Cedar's JSON form, under the name that decisions give it."""
@@ -46,24 +52,69 @@ class Rule:
         return bool(self.statement["effect"] == "permit")
 
     @property
-    def is_unconditional(self) -> bool:
-        """True when it holds for every user and all arguments of the tools that it covers."""
-        parts = (self.statement["principal"], self.statement["resource"])
-        return not self.statement["conditions"] and all(part == {"op": "All"} for part in parts)
+    def is_conditional(self) -> bool:
+        """True when it looks at more than who calls which tool."""
+        return bool(self.statement["conditions"])
+
+    @property
+    def is_everywhere(self) -> bool:
+        """True when it covers every tool, but for the servers that it does not reach."""
+        return bool(self.statement["action"]["op"] == "All")
+
+    @property
+    def tools(self) -> frozenset[str]:
+        """The tools that it names; and, in a scope of `in`, the servers, which name no tool."""
+        scope = self.statement["action"]
+        entities = scope.get("entities", [scope["entity"]] if "entity" in scope else [])
+        return frozenset(entity["id"] for entity in entities)
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The servers whose every tool it covers."""
+        return self.tools if self.statement["action"]["op"] == "in" else frozenset()
 
     def covers(self, tool: str, server: str) -> bool:
-        scope = self.statement["action"]
-        if scope["op"] == "All":
+        return self.is_everywhere or tool in self.tools or server in self.groups
+
+    def means(self, caller: frozenset[Entity]) -> bool:
+        """True when its principal is this caller: one User, and all that it is in."""
+        return _meets(self.statement["principal"], "User", caller)
+
+    def reaches(self, server: str) -> bool:
+        """True when its resource is this server."""
+        return _meets(self.statement["resource"], "Server", frozenset({("Server", server)}))
+
+
+def _meets(scope: Mapping[str, Any], kind: str, family: frozenset[Entity]) -> bool:
+    """Whether an entity of a kind, whose family is itself and all that it is in, lies in a scope."""
+    match scope["op"]:
+        case "All":
             return True
-        named = {entity["id"] for entity in scope.get("entities", [scope.get("entity")])}
-        return tool in named or (scope["op"] == "in" and server in named)
+        case "==":
+            return scope["entity"]["type"] == kind and _entity(scope) in family
+        case "in":
+            return _entity(scope) in family
+        case "is":
+            return scope["entity_type"] == kind and ("in" not in scope or _entity(scope["in"]) in family)
+    raise Unparsable(f"There is no scope of the kind {scope['op']}.")
 
 
-def over(effect: str, tools: Sequence[str], *, name: str) -> Rule:
-    """The rule that a glob stands for: an effect on these tools, whatever the user or arguments."""
-    everyone = {"op": "All"}
+def _entity(scope: Mapping[str, Any]) -> Entity:
+    return scope["entity"]["type"], scope["entity"]["id"]
+
+
+def over(effect: str, tools: Sequence[str], *, name: str, override: int | None = None) -> Rule:
+    """The rule that a glob stands for: an effect on these tools, for all or for whom an override means."""
+    everyone: dict[str, Any] = {"op": "All"}
     actions = {"op": "in", "entities": [{"type": "Action", "id": tool} for tool in tools]}
-    statement = {"effect": effect, "principal": everyone, "action": actions, "resource": everyone, "conditions": []}
+    meant = everyone if override is None else {"op": "in", "entity": {"type": OVERRIDE, "id": str(override)}}
+    statement: dict[str, Any] = {
+        "effect": effect,
+        "principal": meant,
+        "action": actions,
+        "resource": everyone,
+        "conditions": [],
+    }
     return Rule(name, statement)
 
 

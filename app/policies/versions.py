@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 from anyio import to_thread
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import Caller
-from app.db import Database
+from app.db import Database, new_id
 from app.errors import Conflict, NotFound
+from app.policies import definitions
 from app.policies import document as documents
+from app.policies.caps import Caps
 from app.policies.document import PolicyDocument, PolicyInvalid
 from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy, rule_faults
-from app.policies.models import PolicyVersion, PublishedPolicy
+from app.policies.models import PolicyPublication, PolicyVersion, PublishedPolicy
 from app.tenants import repository as tenants
 
 _MAX_CACHED: Final = 1_000
@@ -58,23 +60,27 @@ class ActivePolicy:
     tools: tuple[PinnedTool, ...]
 
 
-async def create(database: Database, caller: Caller, text: str) -> Version:
-    """Store a document as the next version; raise PolicyInvalid with every fault."""
-    document = await to_thread.run_sync(documents.parse, text)
-    if faults := await to_thread.run_sync(rule_faults, document):
-        raise PolicyInvalid(faults=faults)
+async def store(session: AsyncSession, caller: Caller, text: str) -> Version:
+    """Keep a validated document as the next version."""
     digest = documents.digest(text)
-    async with database.transaction(caller.tenant_id) as session:
-        await tenants.lock(session, caller.tenant_id)  # gives two authors two numbers
-        version = (await session.scalar(select(func.max(PolicyVersion.version))) or 0) + 1
-        await session.execute(
-            insert(PolicyVersion).values(
-                tenant_id=caller.tenant_id, version=version, document=text, digest=digest, created_by=caller.user_id
-            )
+    await tenants.lock(session, caller.tenant_id)  # gives two authors two numbers
+    version = (await session.scalar(select(func.max(PolicyVersion.version))) or 0) + 1
+    await session.execute(
+        insert(PolicyVersion).values(
+            tenant_id=caller.tenant_id, version=version, document=text, digest=digest, created_by=caller.user_id
         )
-        event = Event(EventType.POLICY_CREATED, actor_id=caller.user_id, data={"version": version, "digest": digest})
-        await audit.append(session, caller.tenant_id, event)
-        return await get(session, version)
+    )
+    event = Event(EventType.POLICY_CREATED, actor_id=caller.user_id, data={"version": version, "digest": digest})
+    await audit.append(session, caller.tenant_id, event)
+    return await get(session, version)
+
+
+def validated(text: str) -> PolicyDocument:
+    """A document without a fault of its own; raise PolicyInvalid with every one. It takes up to a second."""
+    document = documents.parse(text)
+    if faults := rule_faults(document):
+        raise PolicyInvalid(faults=faults)
+    return document
 
 
 async def get(session: AsyncSession, version: int) -> Version:
@@ -100,6 +106,23 @@ async def published_version(session: AsyncSession) -> int | None:
     return await session.scalar(select(PublishedPolicy.version))
 
 
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Which version holds, since when its tools are pinned, and who made it hold."""
+
+    version: int
+    pinned_at: datetime
+    published_by: UUID
+    published_at: datetime
+
+
+async def find_pointer(session: AsyncSession) -> Pointer | None:
+    """None where nothing has been published."""
+    columns = PublishedPolicy.version, PublishedPolicy.pinned_at, PublishedPolicy.published_by
+    row = (await session.execute(select(*columns, PublishedPolicy.published_at))).one_or_none()
+    return None if row is None else Pointer(*row)
+
+
 class PolicyChanged(Conflict):
     """Another version was published meanwhile; look at it before you replace it."""
 
@@ -107,7 +130,13 @@ class PolicyChanged(Conflict):
 
 
 async def point(
-    session: AsyncSession, caller: Caller, version: int, tools: Sequence[PinnedTool], *, replaces: int | None
+    session: AsyncSession,
+    caller: Caller,
+    version: int,
+    tools: Sequence[PinnedTool],
+    *,
+    replaces: int | None,
+    is_rollback: bool = False,
 ) -> None:
     """Move the pointer, with the tools that the version was compiled against; every cache is stale at commit.
 
@@ -119,38 +148,79 @@ async def point(
         raise PolicyChanged
     values = {
         "version": version,
-        "pinned_tools": [_to_json(tool) for tool in tools],
+        "pinned_tools": [definitions.to_json(tool) for tool in tools],
+        "pinned_at": func.now(),
         "published_by": caller.user_id,
         "published_at": func.now(),
     }
     statement = upsert(PublishedPolicy).values(tenant_id=caller.tenant_id, **values)
     await session.execute(statement.on_conflict_do_update(index_elements=["tenant_id"], set_=values))
+    log = {"version": version, "replaced": before, "published_by": caller.user_id}
+    await session.execute(insert(PolicyPublication).values(tenant_id=caller.tenant_id, id=new_id(), **log))
+    kind = EventType.POLICY_ROLLED_BACK if is_rollback else EventType.POLICY_PUBLISHED
     data = {"before": before, "after": version, "tools": len(tools)}
-    await audit.append(session, caller.tenant_id, Event(EventType.POLICY_PUBLISHED, actor_id=caller.user_id, data=data))
+    await audit.append(session, caller.tenant_id, Event(kind, actor_id=caller.user_id, data=data))
+
+
+async def held_before(session: AsyncSession, version: int | None) -> int:
+    """The version to go back to: this one, or what held before the one that holds now. Raise NotFound.
+
+    What has never held is not gone back to; it is published.
+    """
+    log = PolicyPublication
+    is_it = log.version != await published_version(session) if version is None else log.version == version
+    newest = select(log.version).where(is_it).order_by(log.published_at.desc(), log.id.desc()).limit(1)
+    found = await session.scalar(newest)
+    if found is None:
+        raise NotFound("No such version has held before.")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Published:
+class Published:
     """What the pointer names, as it was read."""
 
     version: int
-    published_at: datetime
+    pinned_at: datetime
     document: str
     tools: list[dict[str, Any]]
 
-    def compiled(self) -> ActivePolicy:
-        """Raise PolicyInvalid where it can no longer be read. It takes up to seconds, which are a thread's."""
-        tools = tuple(_from_json(tool) for tool in self.tools)
+    @property
+    def stamp(self) -> tuple[int, datetime]:
+        """Differs for whatever compiles to something else."""
+        return self.version, self.pinned_at
+
+    def pinned(self) -> tuple[PinnedTool, ...]:
+        """The tools that it was compiled against."""
+        return tuple(map(definitions.from_json, self.tools))
+
+    def compiled(self, tools: Sequence[PinnedTool] | None = None) -> ActivePolicy:
+        """With these tools, or the pinned ones. Raise PolicyInvalid where it can no longer be read, or does not fit.
+
+        It takes up to seconds, which are a thread's.
+        """
+        tools = self.pinned() if tools is None else tuple(tools)
         document = documents.parse(self.document)
         return ActivePolicy(self.version, document, compile_policy(document, tools), tools)
 
 
-async def _read_published(session: AsyncSession) -> _Published | None:
+async def read_published(session: AsyncSession) -> Published | None:
+    """The policy that holds, with its tools."""
     query = select(
-        PublishedPolicy.version, PublishedPolicy.published_at, PolicyVersion.document, PublishedPolicy.pinned_tools
+        PublishedPolicy.version, PublishedPolicy.pinned_at, PolicyVersion.document, PublishedPolicy.pinned_tools
     ).join(PolicyVersion, PolicyVersion.version == PublishedPolicy.version)
     row = (await session.execute(query)).one_or_none()
-    return None if row is None else _Published(*row)
+    return None if row is None else Published(*row)
+
+
+async def repin(session: AsyncSession, tenant_id: UUID, tools: Sequence[PinnedTool], *, replaces: Published) -> None:
+    """Let the version that holds be of these tools, which it has been compiled against. Raise PolicyChanged."""
+    await tenants.bump_generation(session, tenant_id)
+    now = await read_published(session)
+    if now is None or now.stamp != replaces.stamp:
+        raise PolicyChanged
+    values = {"pinned_tools": [definitions.to_json(tool) for tool in tools], "pinned_at": func.now()}
+    await session.execute(update(PublishedPolicy).where(PublishedPolicy.tenant_id == tenant_id).values(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +239,9 @@ class PolicyCache:
     changes it is no publishing; then the compiled policy stays.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, caps: Caps = Caps()) -> None:
         self._database = database
+        self._caps = caps
         self._cached: OrderedDict[UUID, _Cached] = OrderedDict()
         self._locks: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
@@ -192,28 +263,16 @@ class PolicyCache:
     async def _refresh(self, tenant_id: UUID, generation: int) -> _Cached:
         """No session is held while a policy is compiled."""
         async with self._database.transaction(tenant_id) as session:
-            published = await _read_published(session)
-        stamp = (published.version, published.published_at) if published else None
+            published = await read_published(session)
+        stamp = published.stamp if published else None
         before = self._cached.get(tenant_id)
         if before is not None and before.stamp == stamp:
             active = before.active
         else:
             active = await to_thread.run_sync(published.compiled) if published else None
+            active = active and replace(active, document=self._caps.applied(active.document))
         self._cached[tenant_id] = cached = _Cached(generation, stamp, active)
         self._cached.move_to_end(tenant_id)
         if len(self._cached) > _MAX_CACHED:
             self._cached.popitem(last=False)
         return cached
-
-
-def _to_json(tool: PinnedTool) -> dict[str, Any]:
-    return {
-        "name": tool.name,
-        "server": tool.server,
-        "description": tool.description,
-        "input_schema": dict(tool.input_schema),
-    }
-
-
-def _from_json(value: Mapping[str, Any]) -> PinnedTool:
-    return PinnedTool(**value)

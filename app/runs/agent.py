@@ -23,14 +23,18 @@ from langchain_openai import ChatOpenAI
 from mcp_use import MCPAgent, MCPClient
 from pydantic import PrivateAttr
 
+from app.policies import tool_search
 from app.policies.engine import PinnedTool
+from app.policies.tool_search import ToolIndex
 from app.runs.context import RunContext, current_run
 from app.runs.gate import Gate
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
+from app.runs.tool_search import FoundTools
 
 _log = structlog.get_logger()
 # Far above any context window, and what 100 turns add up to still fits its column.
 _MAX_TURN_TOKENS: Final = 10_000_000
+_MAX_BOUND: Final = 64
 _DEFAULT_INSTRUCTIONS: Final = "Answer the user's question. Use the tools where they help."
 
 
@@ -53,6 +57,8 @@ class GovernedChat(ChatOpenAI):
             return super().bind_tools(tools, **kwargs)
         key = (*map(id, tools), hash(repr(kwargs)))
         if key not in self._bound:
+            if len(self._bound) >= _MAX_BOUND:  # of a search's many combinations
+                self._bound.clear()
             self._bound[key] = (tools, super().bind_tools(tools, **kwargs))  # with the tools, to keep the ids valid
         return self._bound[key][1]
 
@@ -130,16 +136,36 @@ def _offered(tool: PinnedTool) -> StructuredTool:
     )
 
 
+def _search_tool() -> StructuredTool:
+    return StructuredTool(
+        name=tool_search.NAME,
+        description=tool_search.DESCRIPTION,
+        args_schema=tool_search.DEFINITION,
+        coroutine=_refuse_direct_call,
+    )
+
+
 class GovernedAgent(MCPAgent):
     """What all runs of one policy version share: the offered tools and the compiled loop."""
 
-    def __init__(self, llm: GovernedChat, *, gate: Gate, tools: Sequence[PinnedTool], instructions: str) -> None:
+    def __init__(
+        self,
+        llm: GovernedChat,
+        *,
+        gate: Gate,
+        tools: Sequence[PinnedTool],
+        instructions: str,
+        search_above: int,
+    ) -> None:
         # A client without servers: live servers are lent to the gate, never to the agent.
         super().__init__(
             llm=llm.for_one_agent(), client=MCPClient({"mcpServers": {}}), memory_enabled=False, callbacks=[]
         )
         self._gate = gate
         self._tools = [_offered(tool) for tool in tools]
+        self.index = ToolIndex(tools) if len(tools) > search_above else None
+        if self.index is not None:
+            self._tools.append(_search_tool())
         self._system_message = SystemMessage(content=instructions or _DEFAULT_INSTRUCTIONS)
         # Turns are counted by GovernedChat; LangGraph's own limit only must not come first.
         self.recursion_limit = 10_000
@@ -149,7 +175,10 @@ class GovernedAgent(MCPAgent):
     def _create_agent(self) -> Any:
         """One middleware, the gate: mcp-use's own would turn exceptions into messages with tracebacks."""
         return create_agent(
-            model=self.llm, tools=self._tools, system_prompt=self._system_message, middleware=[self._gate]
+            model=self.llm,
+            tools=self._tools,
+            system_prompt=self._system_message,
+            middleware=[self._gate] if self.index is None else [self._gate, FoundTools()],
         )
 
     async def run(self, query: str, *, external_history: Sequence[BaseMessage] = ()) -> str:

@@ -7,7 +7,7 @@ from typing import Final
 
 import httpx
 
-from app.outbound.catalogue import ModelCatalogue
+from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
 from app.runs.agent import GovernedChat
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 
@@ -23,26 +23,26 @@ class Chats:
         self._client = client
         self._timeout_s = timeout_s
         self._retries = retries
-        self._chats: OrderedDict[tuple[str, str | None, float], GovernedChat] = OrderedDict()
+        self._chats: OrderedDict[tuple[ModelEndpoint, str, float], GovernedChat] = OrderedDict()
 
     def get(self, use: str, name: str | None, *, temperature: float) -> GovernedChat:
         """Raise RunEnded where the catalogue has lost what a published policy names."""
-        key = (use, name, temperature)
-        if key not in self._chats:
-            self._chats[key] = self._build(use, name, temperature)
-            if len(self._chats) > _MAX_CHATS:
-                self._chats.popitem(last=False)
-        self._chats.move_to_end(key)
-        return self._chats[key]
-
-    def _build(self, use: str, name: str | None, temperature: float) -> GovernedChat:
         if self._catalogue.faults(use, name):
             raise RunEnded(
                 Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, "The policy's model is gone.")
             )
         endpoint = self._catalogue.endpoints[use]
+        key = (endpoint, name or endpoint.models[0], temperature)  # by value: a changed entry is another one
+        if key not in self._chats:
+            self._chats[key] = self._build(*key)
+            if len(self._chats) > _MAX_CHATS:
+                self._chats.popitem(last=False)
+        self._chats.move_to_end(key)
+        return self._chats[key]
+
+    def _build(self, endpoint: ModelEndpoint, name: str, temperature: float) -> GovernedChat:
         return GovernedChat(
-            model=name or endpoint.models[0],
+            model=name,
             base_url=endpoint.base_url,
             api_key=lambda: endpoint.api_key,
             temperature=temperature,

@@ -43,7 +43,12 @@ async def read(session: AsyncSession, key: SecretKey, run_id: UUID, kind: Kind, 
     sealed = await session.scalar(
         select(Content.sealed).where(Content.run_id == run_id, Content.kind == kind.value, Content.sequence == sequence)
     )
-    return None if sealed is None else key.unseal(sealed, aad=_place(run_id, kind, sequence)).decode()
+    return None if sealed is None else opened(key, sealed, run_id, kind, sequence=sequence)
+
+
+def opened(key: SecretKey, sealed: bytes, run_id: UUID, kind: Kind, *, sequence: int = 0) -> str:
+    """The text of a row that was read otherwise; raise Unsealable for one that was put in another's place."""
+    return key.unseal(sealed, aad=_place(run_id, kind, sequence)).decode()
 
 
 def _place(run_id: UUID, kind: Kind, sequence: int) -> bytes:

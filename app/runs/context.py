@@ -14,13 +14,16 @@ from uuid import UUID
 from app.caller import Caller
 from app.keyring import SecretKey
 from app.policies.decision import BuiltIn, Decision
+from app.policies.engine import PinnedTool
+from app.policies.overrides import Terms
+from app.policies.tool_search import ToolIndex
 from app.policies.versions import ActivePolicy
 from app.runs.state import INTERRUPTED, STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
 
 UNKNOWN_TOOL: Final = "(unknown)"
 _T = TypeVar("_T")
 _SETTLE_S: Final = 5.0
-_UNDECIDED: Final = Decision(allowed=False, rule="not_decided", reason="")
+_UNDECIDED: Final = Decision(allowed=False, rule=BuiltIn.NOT_DECIDED, reason="")
 
 
 @dataclass(slots=True)
@@ -46,7 +49,8 @@ class RunContext:
     """A run in flight. `content_key` seals its texts, `hash_key` makes the audit record's keyed hashes.
 
     `unwritten` are calls whose outcome waits for the run's next commit, `governed` the tasks that decide, record and
-    make calls, `calling` those among them that wait for a server.
+    make calls, `calling` those among them that wait for a server. With an `index` the model has to search for tools,
+    and sees those that it has `found`.
     """
 
     run_id: UUID
@@ -63,6 +67,8 @@ class RunContext:
     governed: set[asyncio.Task[Any]] = field(default_factory=set)
     calling: set[asyncio.Task[Any]] = field(default_factory=set)
     is_over: bool = False
+    index: ToolIndex | None = None
+    found: set[str] = field(default_factory=set)
 
     @contextmanager
     def writing(self) -> Iterator[Sequence[Call]]:
@@ -122,6 +128,16 @@ class RunContext:
             raise cancelled
 
     @property
+    def terms(self) -> Terms:
+        """What holds for the run's caller."""
+        return self.policy.document.terms_for(str(self.caller.user_id), self.caller.role.value)
+
+    @property
+    def visible_tools(self) -> tuple[PinnedTool, ...]:
+        """The tools that some call of the run's caller could be allowed to use."""
+        return self.policy.compiled.visible_to(str(self.caller.user_id), self.caller.role.value)
+
+    @property
     def model(self) -> str:
         """The catalogue's entry and, where the policy names one, the model."""
         choice = self.policy.document.model
@@ -134,13 +150,13 @@ class RunContext:
 
     def begin_model_turn(self) -> None:
         """Raise RunEnded past the policy's max_steps."""
-        if self.model_turns >= self.policy.document.limits.max_steps:
+        if self.model_turns >= self.terms.max_steps:
             raise RunEnded(STEP_LIMIT)
         self.model_turns += 1
 
     def begin_call(self, tool: str, arguments: Mapping[str, Any]) -> Call:
         """Number a tool call; raise RunEnded past the policy's max_tool_calls."""
-        if len(self.calls) >= self.policy.document.limits.max_tool_calls:
+        if len(self.calls) >= self.terms.max_tool_calls:
             raise RunEnded(TOOL_LIMIT)
         call = Call(len(self.calls) + 1, tool, arguments)
         self.calls.append(call)

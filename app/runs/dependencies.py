@@ -15,6 +15,7 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict
 from app.limits.rates import RateLimiter, Window, exceeded
+from app.policies.turns import Turns
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.runs.service import RunService
 from app.scopes import Scope
@@ -32,7 +33,13 @@ async def _runs(request: Request) -> RunService:
     return runs
 
 
+async def _turns(request: Request) -> Turns:
+    turns: Turns = request.app.state.turns
+    return turns
+
+
 TheRuns = Annotated[RunService, Depends(_runs)]
+TheTurns = Annotated[Turns, Depends(_turns)]
 Asker = Annotated[Caller, Depends(requires(Scope.RUNS_CREATE))]
 
 
@@ -51,14 +58,14 @@ ThePolicy = Annotated[ActivePolicy, Depends(active_policy)]
 async def rate_limited(
     request: Request, response: Response, caller: Asker, policy: ThePolicy, database: TheDatabase
 ) -> None:
-    """Count the request against the caller's own limit, and tell where it stands in headers.
+    """Count the request against the caller's own limits, and tell where it stands in headers.
 
     Raises slowapi's RateLimitExceeded; the first refusal of a user in a minute is an audit event, the others
     are counted in the metric.
     """
     limiter: RateLimiter = request.app.state.rate_limiter
-    limit = policy.document.limits.requests
-    window = await limiter.hit(limit, tenant_id=caller.tenant_id, user_id=caller.user_id)
+    limits = policy.document.terms_for(str(caller.user_id), caller.role.value).requests
+    window = await limiter.hit(*limits, tenant_id=caller.tenant_id, user_id=caller.user_id)
     if not window.is_allowed:
         VIOLATIONS.labels("rate_limit").inc()
         refusals: MinuteCounts[tuple[UUID, UUID]] = request.app.state.rate_refusals

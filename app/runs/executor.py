@@ -10,9 +10,11 @@ from typing import Any, Final
 from uuid import UUID
 
 import structlog
+from anyio import to_thread
 from langchain_core.messages import BaseMessage
 from mcp.types import CallToolResult
 
+from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.runs.agent import GovernedAgent, GovernedChat
 from app.runs.chats import Chats
@@ -32,13 +34,17 @@ from app.runs.state import (
     cancelled,
 )
 from app.sandbox.contract import SandboxUnavailable
-from app.servers.errors import ServerUnavailable
+from app.servers.errors import ServerRefused, ServerUnavailable
+from app.servers.identity import OnBehalf
 from app.servers.starting import Borrower
 from app.servers.tenant_servers import TenantServers
 from app.telemetry.metrics import RUNS_IN_FLIGHT
 
 _log = structlog.get_logger()
 _MAX_AGENTS: Final = 500
+# With a thousand tools an agent takes 4 MB, and overrides can make one for each user.
+_MAX_OF_A_TENANT: Final = 20
+_Key = tuple[UUID, int, frozenset[str]]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +52,13 @@ class _Flight:
     run: RunContext
     task: asyncio.Task[Ending]
     cause: StopCause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    policy: ActivePolicy
+    chat: GovernedChat
+    agent: GovernedAgent
 
 
 class Executor:
@@ -57,8 +70,9 @@ class Executor:
         self._chats = chats
         self._servers = servers
         self._tool_timeout_s = tool_timeout_s
+        self._redact = redact
         self._gate = Gate(journal=journal, call_server=self._call_server, redact=redact)
-        self._agents: OrderedDict[tuple[UUID, int], tuple[ActivePolicy, GovernedAgent]] = OrderedDict()
+        self._agents: OrderedDict[_Key, _Shared] = OrderedDict()
         self._flights: dict[UUID, _Flight] = {}
 
     async def execute(
@@ -74,6 +88,7 @@ class Executor:
             RUNS_IN_FLIGHT.dec()
             del self._flights[run.run_id]
             task.cancel()
+        run.answer = self._redact.for_tenant(run.caller.tenant_id, run.answer)
         if task.cancelled():
             flight.cause = flight.cause or StopCause.SHUTDOWN
             return cancelled(flight.cause), flight.cause
@@ -82,9 +97,11 @@ class Executor:
     async def _attempt(self, run: RunContext, query: str, history: Sequence[BaseMessage]) -> Ending:
         patience_s = 0.0
         try:
-            async with asyncio.timeout(run.policy.document.limits.timeout_s) as deadline:
+            async with asyncio.timeout(run.terms.timeout_s) as deadline:
                 with running(run):
-                    await self._agent(run).run(query, external_history=history)
+                    agent = await self._agent(run)
+                    run.index = agent.index
+                    await agent.run(query, external_history=history)
         except RunEnded as ended:
             # At a limit the calls under way may still end; what stops the run otherwise stops them too.
             patience_s = self._tool_timeout_s if ended.ending.answers else 0
@@ -101,37 +118,50 @@ class Executor:
                 self._servers.end_run(run.run_id)
         return SUCCEEDED
 
-    def _agent(self, run: RunContext) -> GovernedAgent:
-        """What the runs of one published version share, made for the first of them."""
-        policy, key = run.policy, (run.caller.tenant_id, run.policy.version)
-        cached = self._agents.get(key)
-        if cached is None or cached[0] is not policy:
-            self._agents[key] = cached = (policy, self._new_agent(policy))
-            if len(self._agents) > _MAX_AGENTS:
-                self._agents.popitem(last=False)
-        self._agents.move_to_end(key)
-        return cached[1]
-
-    def _new_agent(self, policy: ActivePolicy) -> GovernedAgent:
+    async def _agent(self, run: RunContext) -> GovernedAgent:
+        """What the runs share of one published version whose callers see the same tools, made for the first of them."""
+        policy, tools = run.policy, run.visible_tools
+        key = run.caller.tenant_id, policy.version, frozenset(tool.name for tool in tools)
         model = policy.document.model
-        chat: GovernedChat = self._chats.get(model.use, model.name, temperature=model.temperature)
+        chat = self._chats.get(model.use, model.name, temperature=model.temperature)
+        cached = self._agents.get(key)
+        if cached is None or cached.policy is not policy or cached.chat is not chat:
+            agent = await to_thread.run_sync(self._new_agent, policy, chat, tools)  # a thousand tools take a second
+            self._agents[key] = cached = _Shared(policy, chat, agent)
+        self._agents.move_to_end(key)
+        self._forget(key)
+        return cached.agent
+
+    def _forget(self, newest: _Key) -> None:
+        """What has not been used for longest: of a tenant that has many, else of all."""
+        own = [key for key in self._agents if key[0] == newest[0]]
+        if len(own) > _MAX_OF_A_TENANT:
+            del self._agents[own[0]]
+        elif len(self._agents) > _MAX_AGENTS:
+            self._agents.popitem(last=False)
+
+    def _new_agent(self, policy: ActivePolicy, chat: GovernedChat, tools: Sequence[PinnedTool]) -> GovernedAgent:
         return GovernedAgent(
             chat,
             gate=self._gate,
-            tools=policy.compiled.visible_tools,
+            tools=tools,
             instructions=policy.document.instructions,
+            search_above=policy.document.tools.search_above,
         )
 
     async def _call_server(self, run: RunContext, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
         server, _, name = tool.partition("__")
         try:
             async with self._servers.lend(_borrower(run), run.policy, server) as live:
-                return await live.call(name, arguments, timeout_s=self._tool_timeout_s)
+                return await live.call(name, arguments, timeout_s=self._tool_timeout_s, whom=_on_behalf(run))
         except SandboxUnavailable as error:
             detail = f"{error.detail} `bulkhead sandbox probe` and /readyz tell the operator what would help."
             raise RunEnded(replace(SANDBOX_UNAVAILABLE, detail=detail)) from None
+        except ServerRefused as error:
+            raise RunEnded(replace(SERVER_UNAVAILABLE, detail=error.for_callers(server))) from None
         except ServerUnavailable as error:
-            raise RunEnded(replace(SERVER_UNAVAILABLE, detail=error.detail)) from None
+            detail = self._redact.for_tenant(run.caller.tenant_id, error.detail)
+            raise RunEnded(replace(SERVER_UNAVAILABLE, detail=detail)) from None
 
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""
@@ -151,6 +181,10 @@ class Executor:
         tasks = [flight.task for flight in self._flights.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=10)
+
+
+def _on_behalf(run: RunContext) -> OnBehalf:
+    return OnBehalf(run.caller.tenant_id, run.caller.user_id, run.caller.role, run.run_id)
 
 
 def _borrower(run: RunContext) -> Borrower:

@@ -13,13 +13,15 @@ from langchain_core.messages import ToolMessage
 from langgraph.types import Command
 from mcp.types import CallToolResult, TextContent
 
-from app.policies.decision import Decision
+from app.policies import tool_search
+from app.policies.decision import BuiltIn, Decision
 from app.policies.engine import ToolRequest
 from app.runs.context import Call, RunContext, current_run
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
 from app.runs.state import Outcome, RunEnded
-from app.servers import templates
+from app.runs.tool_search import search
+from app.servers import deciding
 from app.servers.errors import ServerLost, ToolTimedOut
 from app.telemetry.metrics import TOOL_CALLS, VIOLATIONS
 
@@ -78,6 +80,8 @@ class Gate(AgentMiddleware):
         return call.result, outcome is Outcome.SUCCEEDED
 
     async def _make(self, run: RunContext, call: Call) -> tuple[Outcome, str]:
+        if call.decision.rule == BuiltIn.TOOL_SEARCH:
+            return Outcome.SUCCEEDED, search(run, call.arguments["query"])
         try:
             result = await self._call_server(run, call.tool, call.arguments)
         except ToolTimedOut:
@@ -88,23 +92,18 @@ class Gate(AgentMiddleware):
 
     def _close(self, run: RunContext, call: Call, outcome: Outcome, text: str, started: float) -> None:
         call.outcome = outcome
-        call.result = self._redact(text)[:_MAX_RESULT_CHARS]
+        call.result = self._redact.beginning(run.caller.tenant_id, text, most=_MAX_RESULT_CHARS)
         call.duration_ms = round((time.monotonic() - started) * 1000)
         run.unwritten.append(call)
         TOOL_CALLS.labels("allowed", outcome.value).inc()
 
 
 def _decide(run: RunContext, call: Call) -> Decision:
-    """The policy's rules, and then those that the server's template brings along."""
-    caller, policy = run.caller, run.policy
-    decision = policy.compiled.decide(
-        ToolRequest(tool=call.tool, arguments=call.arguments, user_id=str(caller.user_id), role=caller.role.value)
-    )
-    if decision:
-        server, _, tool = call.tool.partition("__")
-        if denial := templates.check_call(policy.document.servers[server], tool, call.arguments):
-            return Decision.deny(denial.rule, denial.reason)
-    return decision
+    if run.index is not None and call.tool == tool_search.NAME:
+        return tool_search.decide(call.arguments)
+    caller = run.caller
+    request = ToolRequest(call.tool, call.arguments, user_id=str(caller.user_id), role=caller.role.value)
+    return deciding.decide(run.policy, request)
 
 
 def _text_of(result: CallToolResult) -> str:

@@ -13,14 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.db import Database
-from app.policies.engine import Decision
+from app.policies.decision import BuiltIn, Decision
 from app.runs import contents
 from app.runs.context import Call, RunContext
 from app.runs.models import ToolCall
 from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
 from app.runs.stops import Orders, read_orders
 
-_KILLED = Decision(allowed=False, rule="kill_switch", reason="this tool has been stopped")
+_KILLED = Decision(allowed=False, rule=BuiltIn.KILL_SWITCH, reason="this tool has been stopped")
 _OUTCOME = (
     update(ToolCall)
     .where(

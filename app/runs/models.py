@@ -12,7 +12,10 @@ from app.db import Base
 
 
 class Run(Base):
-    """One query on its way. `lease_until` is by the database's clock; past it the run's process is dead."""
+    """One query on its way. `lease_until` is by the database's clock; past it the run's process is dead.
+
+    `role` is its user's as the run began; runs of before it was kept have none.
+    """
 
     __tablename__ = "runs"
     __table_args__ = (
@@ -24,6 +27,7 @@ class Run(Base):
             " 'timed_out', 'interrupted')",
             name="state",
         ),
+        CheckConstraint("role in ('platform_admin', 'tenant_admin', 'auditor', 'user')", name="role"),
         Index("ix_runs_lease_until", "lease_until", postgresql_where=text("state = 'running'")),
         Index("ix_runs_tenant_id_user_id_id", "tenant_id", "user_id", "id"),
         Index("ix_runs_tenant_id_conversation_id", "tenant_id", "conversation_id"),
@@ -32,6 +36,7 @@ class Run(Base):
     tenant_id: Mapped[UUID] = mapped_column(primary_key=True)
     id: Mapped[UUID] = mapped_column(primary_key=True)
     user_id: Mapped[UUID]
+    role: Mapped[str | None]
     key_id: Mapped[UUID | None]
     conversation_id: Mapped[UUID | None]
     policy_version: Mapped[int]

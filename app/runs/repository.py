@@ -32,6 +32,7 @@ async def add(
             tenant_id=run.caller.tenant_id,
             id=run.run_id,
             user_id=run.caller.user_id,
+            role=run.caller.role.value,
             key_id=run.caller.key_id,
             conversation_id=conversation_id,
             policy_version=run.policy.version,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from anyio import to_thread
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,11 +16,10 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict, NotFound
 from app.keyring import Keyring, SecretKey
-from app.policies import screening
-from app.policies.document import InputRules
 from app.policies.screening import Verdict
 from app.policies.versions import ActivePolicy, published_version
 from app.runs import contents, repository
+from app.runs.admission import Admission
 from app.runs.context import RunContext
 from app.runs.executor import Executor
 from app.runs.journal import Journal
@@ -62,6 +60,7 @@ class RunService:
         self._journal = journal
         self._executor = executor
         self._lease_s = lease_s
+        self._admission = Admission()
         self._answering: set[asyncio.Task[Answered]] = set()
 
     def begin(self, caller: Caller, policy: ActivePolicy, question: Question) -> asyncio.Task[Answered]:
@@ -102,8 +101,9 @@ class RunService:
     async def _open(
         self, caller: Caller, policy: ActivePolicy, question: Question
     ) -> tuple[RunContext, list[BaseMessage], Ending | None]:
-        verdict = await _screen(question.text, policy.document.input)
-        denied = _denial(policy, verdict)
+        terms = policy.document.terms_for(str(caller.user_id), caller.role.value)
+        verdict = await self._admission.verdict(caller.tenant_id, question.text, terms)
+        denied = _denial(caller, policy, verdict)
         async with self._database.transaction(caller.tenant_id) as session:
             run = await self._new_run(session, caller, policy, question.run_id)
             await repository.add(
@@ -175,17 +175,11 @@ class RunService:
         return tenant_keys.open_user_key(tenant_key, user.wrapped_key, user_id=user_id)
 
 
-async def _screen(query: str, rules: InputRules) -> Verdict:
-    if rules.block or rules.flag:
-        return await to_thread.run_sync(screening.screen, query, rules)
-    return screening.screen(query, rules)
-
-
-def _denial(policy: ActivePolicy, verdict: Verdict) -> Ending | None:
+def _denial(caller: Caller, policy: ActivePolicy, verdict: Verdict) -> Ending | None:
     if not verdict.allowed:
         detail = f"The query was refused by the screening rule {verdict.rule!r}."
         return Ending(QUERY_REFUSED.state, QUERY_REFUSED.code, QUERY_REFUSED.http_status, detail)
-    return None if policy.compiled.visible_tools else NO_TOOLS
+    return None if policy.compiled.visible_to(str(caller.user_id), caller.role.value) else NO_TOOLS
 
 
 def _beginnings(

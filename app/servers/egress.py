@@ -18,6 +18,7 @@ from app.outbound.grants import Door, Grant
 from app.policies.hosts import HostPort
 from app.sandbox.contract import Network
 from app.servers import leases
+from app.servers.errors import ServerUnavailable
 from app.servers.leases import Asked, Closed, RefusedMore
 from app.servers.own_places import OwnPlaces
 from app.servers.relay import EgressRelay
@@ -27,13 +28,17 @@ from app.tenants.service import open_tenant_key
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who goes out: a server, and whom it works for where that is one user or one run alone."""
+    """Who goes out: a server, and whom it works for where that is one user or one run alone.
+
+    `private`: whether to the networks that the operator allows its template; None: where there are any.
+    """
 
     tenant_id: UUID
     server: str
     template: str
     user_id: UUID | None = None
     run_id: UUID | None = None
+    private: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,17 @@ class Egress:
     async def open(
         self, stack: AsyncExitStack, client: Client, doors: Mapping[HostPort, Door], *, on_lost: Callable[[], None]
     ) -> Way:
-        """These doors until the stack ends. Raises EgressUnavailable where there is no relay."""
-        private = tuple(self._private_networks.get(client.template, ()))
+        """These doors until the stack ends.
+
+        Raises EgressUnavailable where there is no relay, ServerUnavailable where the client needs what nobody allows.
+        """
+        allowed = tuple(self._private_networks.get(client.template, ()))
+        if client.private and not allowed:
+            raise ServerUnavailable(
+                f"The tool server {client.server!r} is to reach private addresses, and the operator allows the template"
+                f" {client.template} none (BULKHEAD_EGRESS_PRIVATE_NETWORKS)."
+            )
+        private = () if client.private is False else allowed
         grant = Grant(
             tenant=str(client.tenant_id),
             doors=tuple(doors.values()),

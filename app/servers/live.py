@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -13,13 +14,22 @@ import anyio
 import structlog
 from anyio import CapacityLimiter, to_thread
 from mcp import ClientSession, McpError
-from mcp.types import CONNECTION_CLOSED, CallToolResult, PaginatedRequestParams, TextContent, Tool
+from mcp.types import (
+    CONNECTION_CLOSED,
+    CallToolResult,
+    PaginatedRequestParams,
+    ServerNotification,
+    TextContent,
+    Tool,
+    ToolListChangedNotification,
+)
 from mcp_use.client.middleware import CallbackClientSession, MiddlewareManager
 from pydantic import ValidationError
 
 from app.sandbox.contract import Launch
 from app.servers import wire as wires
-from app.servers.errors import ServerFailed, ServerLost, ToolTimedOut
+from app.servers.errors import ServerFailed, ServerLost, ServerRefused, ToolTimedOut
+from app.servers.identity import META_KEY, Identify, OnBehalf, concealed
 from app.servers.permits import Permit, PermitMiddleware, permitted
 from app.servers.running import Record
 from app.servers.stderr import StderrTail
@@ -30,11 +40,23 @@ _log = structlog.get_logger()
 _MAX_TOOLS: Final = 512
 _MAX_PAGES: Final = 16
 _MAX_LISTED_BYTES: Final = 1 << 20  # a browser's thirty tools take 64 KiB
+_LIST_S: Final = 10
 _CLOSE_S: Final = 20
 _CLOSE_ROUNDS: Final = 30
 _GRACE_S: Final = 2
+# What a server of ours answers to tools/list where it may not serve; of the range that JSON-RPC leaves to servers.
+REFUSED: Final = -32050
+_MAX_REFUSAL: Final = 20_000
 # Threads of their own: a server made the folders that are removed, and removing them may take long.
 _CLEANING: Final = CapacityLimiter(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What is used of a server: these of its tools, or all of them, and so many seconds for one call at most."""
+
+    tools: frozenset[str] | None = None
+    call_s: float = float("inf")
 
 
 class _Session(ClientSession):
@@ -49,6 +71,8 @@ class LiveServer:
     the next start of the service of those processes. Without `read_usage` their usage is what /proc says. `lost` is set
     once something that it cannot do without has gone: then no further call begins.
     Where `is_current` says no, what the server was shown of the host is elsewhere now.
+    A program that `is_ours` may say why it does not start: with the JSON-RPC error REFUSED, in words for an admin.
+    With `identify` each call carries whom it is made for, in a form that the model neither writes nor reads.
     """
 
     def __init__(
@@ -62,10 +86,13 @@ class LiveServer:
         record: Record | None = None,
         read_usage: Read | None = None,
         is_current: Callable[[], bool] = lambda: True,
+        is_ours: bool = False,
     ) -> None:
         self.name = name
         self.tools: Sequence[Tool] = ()
+        self.bounds = Bounds()
         self.has_died = False
+        self.identify: Identify | None = None
         self._launch = launch
         self._stderr = stderr
         self._template = template
@@ -73,9 +100,12 @@ class LiveServer:
         self._record = record
         self._read_usage = read_usage
         self._is_current = is_current
+        self._is_ours = is_ours
         self._wire: Wire | None = None
         self._meter: Meter | None = None
+        self._plain: ClientSession | None = None
         self._session: CallbackClientSession | None = None
+        self._listed_at = float("-inf")
         self._stop = asyncio.Event()
         self._owner: asyncio.Task[None] | None = None
         self._measuring: asyncio.Task[None] | None = None
@@ -119,13 +149,13 @@ class LiveServer:
             async with (
                 self._belongings,
                 wires.opened(self._launch, self._stderr.writer, on_end=self._has_ended) as wire,
-                _Session(wire.incoming, wire.outgoing) as session,
+                _Session(wire.incoming, wire.outgoing, message_handler=self._hear) as session,
             ):
                 await self._attend(wire)
                 async with asyncio.timeout(timeout_s):
-                    self.tools = await self._greet(session, wire)
+                    self.tools = await self._greet(session)
                 await self._note(wire)
-                self._session = self._permitting(session)
+                self._plain, self._session = session, self._permitting(session)
                 self._ready_at = time.monotonic()
                 if not ready.done():
                     ready.set_result(None)
@@ -180,25 +210,56 @@ class LiveServer:
             error = error.exceptions[0]
         _log.warning("server.failed", server=self.name, error=type(error).__name__, oom_kills=self.usage.oom_kills)
         if not ready.done():
-            is_clear = isinstance(error, ServerFailed)
-            ready.set_exception(error if is_clear else ServerFailed(f"The tool server {self.name!r} does not start."))
+            ready.set_exception(error if isinstance(error, ServerFailed) else self._failed(error))
 
-    async def _greet(self, session: ClientSession, wire: Wire) -> Sequence[Tool]:
+    def _failed(self, error: Exception) -> ServerFailed:
+        said = f"The tool server {self.name!r} does not start"
+        if self._is_ours and isinstance(error, McpError) and error.error.code == REFUSED:
+            return ServerRefused(f"{said}: {error.error.message[:_MAX_REFUSAL]}")
+        return ServerFailed(f"{said}.")
+
+    async def _greet(self, session: ClientSession) -> Sequence[Tool]:
         """Initialize and list the tools, neither resources nor prompts."""
         await session.initialize()
+        return await self._list(session)
+
+    async def _list(self, session: ClientSession) -> Sequence[Tool]:
+        self._listed_at = time.monotonic()  # first: what it says meanwhile is asked for again
         tools: list[Tool] = []
         cursor: str | None = None
+        size = 0
         for _ in range(_MAX_PAGES):
             page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor))
-            tools += page.tools
+            tools += [tool for tool in page.tools if self.bounds.tools is None or tool.name in self.bounds.tools]
             cursor = page.nextCursor
+            size += len(page.model_dump_json())
             if len(tools) > _MAX_TOOLS:
                 raise self._lists_more_than(f"{_MAX_TOOLS} tools")
-            if wire.answered_bytes > _MAX_LISTED_BYTES:
+            if size > _MAX_LISTED_BYTES:
                 raise self._lists_more_than(f"{_MAX_LISTED_BYTES} bytes of tools")
             if cursor is None:
                 return tools
         raise self._lists_more_than(f"{_MAX_PAGES} pages of tools")
+
+    async def _hear(self, message: object) -> None:
+        """Of all that a server may say by itself, that its tools have changed is worth a question."""
+        if isinstance(message, ServerNotification) and isinstance(message.root, ToolListChangedNotification):
+            self._listed_at = float("-inf")
+
+    async def listed_anew(self, *, max_age_s: float) -> Sequence[Tool] | None:
+        """Its tools, where the last list is older or no longer holds; None where that list will do.
+
+        Raises ServerFailed, and retires the server, where it does not list them.
+        """
+        if self._plain is None or time.monotonic() - self._listed_at < max_age_s:
+            return None
+        try:
+            async with asyncio.timeout(_LIST_S):
+                self.tools = await self._list(self._plain)
+        except (TimeoutError, McpError, anyio.ClosedResourceError, anyio.BrokenResourceError, ValidationError):
+            self.retire()
+            raise ServerFailed(f"The tool server {self.name!r} does not list its tools any more.") from None
+        return self.tools
 
     def _lists_more_than(self, bound: str) -> ServerFailed:
         return ServerFailed(f"The tool server {self.name!r} lists more than {bound}.")
@@ -210,19 +271,31 @@ class LiveServer:
         manager.add_middleware(PermitMiddleware(self.name))
         return CallbackClientSession(session, self.name, manager)
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], *, timeout_s: float) -> CallToolResult:
-        """Make one permitted call.
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any], *, timeout_s: float, whom: OnBehalf | None = None
+    ) -> CallToolResult:
+        """Make one permitted call, for somebody.
 
         Raises ToolTimedOut or ServerLost, and retires the server, since it may go on with what it was asked.
         A JSON-RPC error of the server comes back as a result with isError.
         """
+        if self.identify is None:
+            return await self._make(tool, arguments, None, timeout_s)
+        if whom is None:
+            raise ValueError("this server is told whom each call is made for")
+        identity = self.identify(whom, tool)
+        return concealed(await self._make(tool, arguments, {META_KEY: identity}, timeout_s), identity)
+
+    async def _make(
+        self, tool: str, arguments: Mapping[str, Any], meta: dict[str, Any] | None, timeout_s: float
+    ) -> CallToolResult:
         session = self._session
         if session is None or not self.is_healthy:
             raise ServerLost
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(timeout_s, self.bounds.call_s)):
                 with permitted(Permit(self.name, tool, dict(arguments))):
-                    result: CallToolResult = await session.call_tool(tool, dict(arguments))
+                    result: CallToolResult = await session.call_tool(tool, dict(arguments), meta=meta)
                     return result
         except TimeoutError:
             self.retire()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Final
 from weakref import WeakValueDictionary
 
+from app.secrets.known import LONGEST
+
 SHOWN_BYTES: Final = 64 << 10
 _MAX_BYTES: Final = 1_000_000
 _MAX_FILES: Final = 64  # in a folder, which is a tenant's: names of servers are many
@@ -19,7 +21,7 @@ _PIPE_BYTES: Final = 64 << 10
 _SHORT_BYTES: Final = 4 << 10
 _PAUSE_S: Final = 0.001
 _SHORT_PAUSE_S: Final = 0.01
-_SLACK_BYTES: Final = 8 << 10  # longer than any text that is redacted
+_SLACK_BYTES: Final = LONGEST  # of what is redacted, in any encoding of it
 _READ_BYTES: Final = SHOWN_BYTES + _SLACK_BYTES
 # What would steer the terminal of whoever reads it: a server writes what it likes.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Final
+from functools import partial
+from typing import Any, Final
 from uuid import UUID
 
 import structlog
@@ -18,11 +21,12 @@ from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.db import Database
 from app.errors import AppError, NotFound
+from app.policies import definitions
 from app.policies.document import DeclaredServer
 from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.sandbox.contract import SandboxUnavailable
-from app.servers import stderr
+from app.servers import quarantine, stderr
 from app.servers.errors import PublishUnderWay, ServerUnavailable
 from app.servers.live import LiveServer
 from app.servers.pool import ServerKey, ServerPool, ServerStatus
@@ -31,16 +35,27 @@ from app.servers.starting import Borrower, Starter
 _log = structlog.get_logger()
 # Servers that are started to list their tools, beside those of the pool: publishing must not flood the machine.
 _LISTED_AT_ONCE: Final = 4
+# For how long a server is believed to have the tools that it last listed, unless it says otherwise, in seconds.
+_LISTING_HOLDS_S: Final = 60.0
+# Postgres stores no NUL: a definition with one could be neither pinned nor put into quarantine.
+_NO_NUL: Final = "\ufffd"
+_ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 class TenantServers:
     """Lends servers, started when they are first asked for.
 
-    `redact` takes our secrets and this host's paths out of what a tenant's admin may read.
+    `redact` takes the tenant's and our secrets and this host's paths out of what a tenant's admin may read.
     """
 
     def __init__(
-        self, *, database: Database, starter: Starter, pool: ServerPool, wait_s: float, redact: Callable[[str], str]
+        self,
+        *,
+        database: Database,
+        starter: Starter,
+        pool: ServerPool,
+        wait_s: float,
+        redact: Callable[[UUID, str], str],
     ) -> None:
         self._database = database
         self._starter = starter
@@ -60,21 +75,55 @@ class TenantServers:
     async def lend(self, borrower: Borrower, policy: ActivePolicy, server: str) -> AsyncIterator[LiveServer]:
         """A live server of the policy's version whose tools are those that were pinned.
 
-        Raises ServerUnavailable, also where a tool's definition has changed since the policy was published, and
-        SandboxUnavailable.
+        Raises ServerUnavailable, SandboxUnavailable, and ServerQuarantined where a tool's definition has changed since
+        it was pinned.
         """
         declared = policy.document.servers[server]
 
         async def start() -> LiveServer:
+            await quarantine.check(self._database, borrower.tenant_id, server)
             live = await self._start(borrower, server, declared)
-            if _of(server, pin(server, live.tools)) != _of(server, policy.tools):
+            try:
+                await self._compare(borrower, policy, server, live.tools)
+            except BaseException:
                 await live.close()
-                raise ServerUnavailable(f"The tools of {server!r} have changed since the policy was published.")
+                raise
             return live
 
         key = _key(borrower, policy.version, server, declared)
         async with self._pool.lend(key, start, wait_s=self._wait_s, generation=borrower.generation) as live:
+            if (tools := await live.listed_anew(max_age_s=_LISTING_HOLDS_S)) is not None:
+                await self._recompare(borrower, policy, live, tools)
             yield live
+
+    async def _recompare(
+        self, borrower: Borrower, policy: ActivePolicy, live: LiveServer, tools: Sequence[Tool]
+    ) -> None:
+        """A server that has changed its tools while it ran is not asked again."""
+        try:
+            await self._compare(borrower, policy, live.name, tools)
+        except ServerUnavailable:
+            live.retire()
+            raise
+
+    async def _compare(self, borrower: Borrower, policy: ActivePolicy, server: str, tools: Sequence[Tool]) -> None:
+        found = self._pin(borrower.tenant_id, server, tools)
+        pinned = [tool for tool in policy.tools if tool.server == server]
+        if definitions.digest(found) != definitions.digest(pinned):
+            await quarantine.enforce(self._database, borrower, server, version=policy.version, found=found)
+
+    def _pin(self, tenant_id: UUID, server: str, tools: Sequence[Tool]) -> list[PinnedTool]:
+        """Redacted: what a server declares of its tools is read by models and admins, as its results are."""
+        redact = partial(self._redact, tenant_id)
+        return [
+            PinnedTool(
+                name=tool.name.replace("\0", _NO_NUL),
+                server=server,
+                description=redact(tool.description).replace("\0", _NO_NUL),
+                input_schema=_redacted(tool.input_schema, redact),
+            )
+            for tool in pin(server, tools)
+        ]
 
     async def _start(self, borrower: Borrower, server: str, declared: DeclaredServer) -> LiveServer:
         """Whatever keeps a server from starting is one refusal to its run, and no defect of ours."""
@@ -97,7 +146,7 @@ class TenantServers:
         async with self._places:
             live = await self._starter.start(borrower, name, declared)
             try:
-                return pin(name, live.tools)
+                return self._pin(borrower.tenant_id, name, live.tools)
             finally:
                 await live.close()
 
@@ -119,7 +168,8 @@ class TenantServers:
 
     async def read_stderr(self, tenant_id: UUID, name: str) -> str:
         """The newest 64 KiB of what a server has written to stderr, redacted; raise NotFound where there is none."""
-        text = await to_thread.run_sync(stderr.read_newest, self._starter.stderr_path(tenant_id, name), self._redact)
+        redact = partial(self._redact, tenant_id)
+        text = await to_thread.run_sync(stderr.read_newest, self._starter.stderr_path(tenant_id, name), redact)
         if text is None:
             raise NotFound("No server of that name has been started yet.")
         return text
@@ -153,9 +203,16 @@ def _key(borrower: Borrower, version: int, server: str, declared: DeclaredServer
             return replace(key, user_id=borrower.user_id, run_id=borrower.run_id)
 
 
-def _of(server: str, tools: Sequence[PinnedTool]) -> list[PinnedTool]:
-    """A server's tools in an order that the server does not choose."""
-    return sorted((tool for tool in tools if tool.server == server), key=lambda tool: tool.name)
+def _redacted(schema: Mapping[str, Any], redact: Callable[[str], str]) -> Mapping[str, Any]:
+    text = json.dumps(schema)
+    clean = _ESCAPED_NUL.sub(r"\1\\ufffd", redact(text))
+    if clean == text:
+        return schema
+    try:
+        found: Mapping[str, Any] = json.loads(clean)
+    except ValueError:  # what looks like a secret was its form and not a text in it
+        raise ServerUnavailable("A tool's schema holds one of the tenant's secrets.") from None
+    return found
 
 
 def pin(server: str, tools: Sequence[Tool]) -> list[PinnedTool]:

@@ -17,7 +17,7 @@ import structlog
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from mcp.shared.message import SessionMessage
-from mcp.types import JSONRPCError, JSONRPCMessage, JSONRPCRequest, JSONRPCResponse, RequestId
+from mcp.types import JSONRPCError, JSONRPCMessage, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse, RequestId
 from pydantic import ValidationError
 
 from app.sandbox.contract import Launch
@@ -32,6 +32,7 @@ _MAX_UNASKED_BYTES: Final = 4 << 20
 _LINE_BYTES: Final = 1 << 10
 _STRUCTURE_BYTES: Final = 128
 _LEAVE_S: Final = 1
+_CHANGED: Final = "notifications/tools/list_changed"
 _ENDED: Final = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 
@@ -48,7 +49,6 @@ class Wire:
         self._on_end = on_end
         self._awaited: set[RequestId] = set()
         self._unasked_bytes = 0
-        self.answered_bytes = 0
         self._is_read = True
         self._session_left = anyio.Event()
         self._arrived, self.incoming = anyio.create_memory_object_stream[SessionMessage | Exception](0)
@@ -77,7 +77,7 @@ class Wire:
             self._on_end()  # before those who wait for an answer hear of it and ask why
 
     def _accept(self, line: bytes) -> JSONRPCMessage | None:
-        """Answers that are awaited, and pings; not what a server may not ask of us, nor its notifications."""
+        """Awaited answers, pings, and that its tools have changed; nothing else that a server says by itself."""
         intricacy = _structure(line)
         if intricacy > _MAX_STRUCTURE:
             raise TooMuchOutput
@@ -89,12 +89,12 @@ class Wire:
         if isinstance(root, JSONRPCResponse | JSONRPCError) and root.id in self._awaited:
             self._awaited.discard(root.id)
             self._unasked_bytes = 0
-            self.answered_bytes += len(line)
             return message
         self._unasked_bytes += len(line) + _LINE_BYTES + intricacy * _STRUCTURE_BYTES
         if self._unasked_bytes > _MAX_UNASKED_BYTES:
             raise TooMuchOutput
-        return message if isinstance(root, JSONRPCRequest) and root.method == "ping" else None
+        is_ping = isinstance(root, JSONRPCRequest) and root.method == "ping"
+        return message if is_ping or (isinstance(root, JSONRPCNotification) and root.method == _CHANGED) else None
 
     async def write(self) -> None:
         """Send what the session says, until it has left; that the server has gone is for `read` to notice."""

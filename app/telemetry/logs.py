@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from uuid import UUID
 
 import structlog
+from structlog.stdlib import ProcessorFormatter
 
+# mcp writes into its warnings what a server has said, which may be megabytes.
+_LONGEST: Final = 10_000
 # Libraries that would write queries, tool arguments or connection strings.
 _TAMED: Final = (
     "mcp_use",
@@ -19,6 +25,11 @@ _TAMED: Final = (
     "langsmith",
     "asyncio",
     "alembic",
+    "azure",
+    "boto3",
+    "botocore",
+    "msal",
+    "urllib3",
 )
 
 
@@ -41,9 +52,9 @@ def configure(level: str) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        ProcessorFormatter(
+            foreign_pre_chain=[*shared, _shortened],
+            processors=[ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
     root = logging.getLogger()
@@ -54,3 +65,36 @@ def configure(level: str) -> None:
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.WARNING)
+
+
+def _shortened(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {name: value[:_LONGEST] if isinstance(value, str) else value for name, value in event.items()}
+
+
+@contextmanager
+def redacting(redact: Callable[[UUID, str], str]) -> Iterator[None]:
+    """Inside the block a line that names a tenant goes out without what `redact` takes out of that tenant's texts.
+
+    A line of a library, too: what is logged for a caller names the tenant, whoever logs it.
+    """
+
+    def clean(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        tenant_id = event.get("tenant_id")
+        if tenant_id is None:
+            return event
+        of = UUID(str(tenant_id))
+        return {name: redact(of, value) if isinstance(value, str) else value for name, value in event.items()}
+
+    *before, renderer = structlog.get_config()["processors"]
+    structlog.configure(processors=[*before, clean, renderer])
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    of_libraries = [formatter for formatter in formatters if isinstance(formatter, ProcessorFormatter)]
+    for formatter in of_libraries:
+        formatter.processors = (*formatter.processors[:-1], clean, formatter.processors[-1])
+    try:
+        yield
+    finally:
+        remaining = [processor for processor in structlog.get_config()["processors"] if processor is not clean]
+        structlog.configure(processors=remaining)
+        for formatter in of_libraries:
+            formatter.processors = tuple(each for each in formatter.processors if each is not clean)

@@ -91,6 +91,17 @@ async def list_users(session: AsyncSession, *, after: UUID | None, limit: int) -
     return (await session.scalars(query if after is None else query.where(User.id > after))).all()
 
 
+async def has_other_admin(session: AsyncSession, admin: User) -> bool:
+    """True where the tenant has another user of this admin's role who may act."""
+    is_other = (User.role == admin.role, User.id != admin.id, User.disabled_at.is_(None))
+    return await session.scalar(select(User.id).where(*is_other).limit(1)) is not None
+
+
+async def set_user_role(session: AsyncSession, user_id: UUID, role: Role) -> None:
+    """Of a user who is there."""
+    await session.execute(update(User).where(User.id == user_id).values(role=role.value))
+
+
 async def set_user_disabled(session: AsyncSession, user_id: UUID, *, is_disabled: bool) -> bool:
     """Give whether it was disabled before; raise NotFound."""
     before = (await get_user(session, user_id)).disabled_at is not None

@@ -11,12 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import PLATFORM_TENANT
-from app.db import Database, new_id
+from app.db import new_id
 from app.errors import Conflict, NotFound
 from app.keyring import Keyring, Sealed, SecretKey
 from app.platform_db import PlatformDatabase
 from app.scopes import Role
 from app.tenants import keys, repository
+from app.tenants.models import User
 
 # A tenant that an admin of the platform may act for, on the record: made by `accessible` alone.
 AccessibleTenantID = NewType("AccessibleTenantID", UUID)
@@ -28,32 +29,33 @@ class NameTaken(Conflict):
     code = "name_taken"
 
 
-async def create_tenant(
-    platform: PlatformDatabase, keyring: Keyring, *, slug: str, actor_id: UUID | None, tenant_id: UUID | None = None
-) -> UUID:
-    """Make a tenant with a data key of its own; raise NameTaken."""
-    tenant_id = tenant_id or new_id()
+class LastAdmin(Conflict):
+    """There must be an admin left: name another first."""
+
+    code = "last_admin"
+
+
+async def create_tenant(session: AsyncSession, keyring: Keyring, *, slug: str, actor_id: UUID) -> UUID:
+    """Platform role: make a tenant with a data key of its own; raise NameTaken."""
+    tenant_id = new_id()
     wrapped = keys.wrap_tenant_key(keyring, SecretKey.generate(), tenant_id=tenant_id)
     created = Event(EventType.TENANT_CREATED, actor_id=actor_id, data={"tenant_id": tenant_id, "slug": slug})
     try:
-        async with platform.transaction() as session:
+        async with session.begin_nested():
             await repository.insert_tenant(session, tenant_id, slug=slug, key=wrapped)
-            await _record_for_both(session, tenant_id, created)
     except IntegrityError:
         raise NameTaken from None
+    await _record_for_both(session, tenant_id, created)
     return tenant_id
 
 
-async def set_tenant_active(platform: PlatformDatabase, tenant_id: UUID, *, is_active: bool, actor_id: UUID) -> None:
-    """Disable or enable a tenant; its runs in flight stop within a second. Raise NotFound."""
-    if tenant_id == PLATFORM_TENANT:
-        raise NotFound
+async def set_tenant_active(session: AsyncSession, tenant_id: UUID, *, is_active: bool, actor_id: UUID) -> None:
+    """Platform role: disable or enable a tenant; its runs in flight stop within a second. Raise NotFound."""
     status = "active" if is_active else "disabled"
     kind = EventType.TENANT_ENABLED if is_active else EventType.TENANT_DISABLED
-    async with platform.transaction() as session:
-        before = await repository.set_tenant_status(session, tenant_id, status)
-        event = Event(kind, actor_id=actor_id, data={"tenant_id": tenant_id, "before": before, "after": status})
-        await _record_for_both(session, tenant_id, event)
+    before = await repository.set_tenant_status(session, tenant_id, status)
+    event = Event(kind, actor_id=actor_id, data={"tenant_id": tenant_id, "before": before, "after": status})
+    await _record_for_both(session, tenant_id, event)
 
 
 async def accessible(platform: PlatformDatabase, tenant_id: UUID, *, actor_id: UUID, action: str) -> AccessibleTenantID:
@@ -84,11 +86,11 @@ async def open_tenant_key(session: AsyncSession, keyring: Keyring, tenant_id: UU
 
 
 async def create_user(
-    database: Database, keyring: Keyring, tenant_id: UUID, *, name: str, role: Role, actor_id: UUID | None
+    session: AsyncSession, keyring: Keyring, tenant_id: UUID, *, name: str, role: Role, actor_id: UUID | None
 ) -> UUID:
     """Make a user with a data key; raise NameTaken."""
     try:
-        async with database.transaction(tenant_id) as session:
+        async with session.begin_nested():
             return await add_user(session, keyring, tenant_id, name=name, role=role, actor_id=actor_id)
     except IntegrityError:
         raise NameTaken from None
@@ -105,7 +107,7 @@ async def add_user(
     issuer: str | None = None,
     subject: str | None = None,
 ) -> UUID:
-    """The same, in the caller's transaction; raise IntegrityError for a name that is taken."""
+    """The same; raise IntegrityError for a name that is taken, which ends the transaction."""
     user_id = new_id()
     tenant_key = await open_tenant_key(session, keyring, tenant_id)
     wrapped = keys.wrap_user_key(tenant_key, SecretKey.generate(), user_id=user_id)
@@ -118,12 +120,32 @@ async def add_user(
 
 
 async def set_user_active(
-    database: Database, tenant_id: UUID, user_id: UUID, *, is_active: bool, actor_id: UUID
+    session: AsyncSession, tenant_id: UUID, user_id: UUID, *, is_active: bool, actor_id: UUID
 ) -> None:
-    """Disable or enable a user; runs in flight stop within a second. Raise NotFound."""
+    """Disable or enable a user; runs in flight stop within a second. Raise NotFound, LastAdmin."""
     kind = EventType.USER_ENABLED if is_active else EventType.USER_DISABLED
-    async with database.transaction(tenant_id) as session:
-        await repository.bump_generation(session, tenant_id)  # the user's live servers end by it
-        before = await repository.set_user_disabled(session, user_id, is_disabled=not is_active)
-        data = {"user_id": user_id, "before": {"disabled": before}, "after": {"disabled": not is_active}}
-        await audit.append(session, tenant_id, Event(kind, actor_id=actor_id, data=data))
+    await repository.bump_generation(session, tenant_id)  # the user's live servers end by it
+    if not is_active:
+        await _leave_an_admin(session, await repository.get_user(session, user_id))
+    before = await repository.set_user_disabled(session, user_id, is_disabled=not is_active)
+    data = {"user_id": user_id, "before": {"disabled": before}, "after": {"disabled": not is_active}}
+    await audit.append(session, tenant_id, Event(kind, actor_id=actor_id, data=data))
+
+
+async def set_role(session: AsyncSession, tenant_id: UUID, user_id: UUID, *, role: Role, actor_id: UUID) -> None:
+    """Change what a user may do, from its next request on. Raise NotFound, LastAdmin."""
+    await repository.bump_generation(session, tenant_id)  # its lock lets two admins not take each other's role
+    user = await repository.get_user(session, user_id)
+    before = Role(user.role)
+    if before is not role:
+        await _leave_an_admin(session, user)
+    await repository.set_user_role(session, user_id, role)
+    data = {"user_id": user_id, "before": {"role": before}, "after": {"role": role}}
+    await audit.append(session, tenant_id, Event(EventType.USER_ROLE_CHANGED, actor_id=actor_id, data=data))
+
+
+async def _leave_an_admin(session: AsyncSession, user: User) -> None:
+    """Nobody but the platform could make one for a tenant that has none, and nobody for the platform."""
+    is_admin = user.role in (Role.TENANT_ADMIN, Role.PLATFORM_ADMIN) and user.disabled_at is None
+    if is_admin and not await repository.has_other_admin(session, user):
+        raise LastAdmin

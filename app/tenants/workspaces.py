@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -23,9 +23,10 @@ from weakref import WeakValueDictionary
 from anyio import CapacityLimiter
 
 from app.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
-from app.tenants import beneath, disk, folders, uploads
+from app.tenants import beneath, disk, folders, inventory, uploads
 from app.tenants.downloads import Content, Download, File, media_type
 from app.tenants.folders import STAGING, USERS
+from app.tenants.inventory import Workspace
 from app.tenants.uploads import UnderWay, Upload
 from app.tenants.volumes import Volumes, WritableRefused
 
@@ -173,7 +174,10 @@ class WorkspaceStore:
                 async with self._alone(tenant_id) as current:
                     if not os.path.samestat(os.fstat(staging), os.fstat(current)):
                         raise Unavailable("The tenant's files were moved to a volume meanwhile. Send the file again.")
-                    await disk.threaded(self._walks, self._check_room, place, staging, tenant.staged_bytes)
+                    try:
+                        await disk.threaded(self._walks, self._check_room, place, staging, tenant.staged_bytes)
+                    except NotFound:
+                        raise Conflict("The workspace was deleted meanwhile. Send the file again.") from None
                     async with recorded:
                         return await disk.threaded(self._quick, _move, staging, staged, place)
 
@@ -201,6 +205,24 @@ class WorkspaceStore:
             parts = beneath.split_file(path)
         async with self._alone(tenant_id), recorded:
             await disk.threaded(self._quick, _delete, directory, parts)
+
+    async def list_workspaces(self, tenant_id: UUID, *, limit: int, after: str = "") -> Sequence[Workspace]:
+        """The tenant's own and those of its users; `after` is the position of the last that was listed."""
+        tenant = self._tenant(tenant_id)
+        async with tenant.turn:
+            await self._settle(tenant_id)
+            return await disk.threaded(self._walks, inventory.page, self._root / str(tenant_id), limit, after)
+
+    async def remove(
+        self, tenant_id: UUID, name: str, *, recorded: AbstractAsyncContextManager[None], user_id: UUID | None = None
+    ) -> None:
+        """Take a workspace away with all that is in it. A server that still has it open writes to nothing."""
+        directory = self.directory(tenant_id, name, user_id=user_id)
+        async with self._alone(tenant_id) as staging:
+            await disk.threaded(self._quick, _check_there, directory)
+            async with recorded:
+                removed = await disk.threaded(self._quick, inventory.take_away, directory, staging)
+            await disk.threaded(self._moves, inventory.destroy, staging, removed)
 
     def _tenant(self, tenant_id: UUID) -> UnderWay:
         return self._tenants.setdefault(tenant_id, UnderWay())
@@ -282,6 +304,12 @@ def _is_given(directory: Path, owner_uid: int | None) -> bool:
     return True
 
 
+def _check_there(directory: Path) -> None:
+    """Raise NotFound."""
+    with disk.opened(directory):
+        return
+
+
 def _make_workspace(directory: Path, owner_uid: int | None, most: int) -> None:
     if directory.parent.parent.name == USERS:
         folders.make(directory.parent.parent, 0o711)
@@ -304,7 +332,10 @@ def _sweep(staging: int) -> None:
     for entry in beneath.scan(staging, (), limit=LISTED_ENTRIES):
         if time.time() - entry.status.st_mtime > STALE_SECONDS:
             with suppress(FileNotFoundError):
-                os.unlink(entry.parts[-1], dir_fd=staging)
+                if entry.is_folder:  # a workspace that was removed while a server went on writing to it
+                    inventory.destroy(staging, entry.parts[-1])
+                else:
+                    os.unlink(entry.parts[-1], dir_fd=staging)
 
 
 def _move(staging: int, staged: str, place: _Place) -> File:

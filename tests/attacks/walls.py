@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox.choice import ProbedSandbox
 from app.sandbox.contract import Launch, Mount, Profile
+from app.servers import templates
 from app.servers.filesystem import template
+from app.servers.template import Place
 from tests.servers.filesystem import lab
 
 _PROGRAMS = "/srv"
@@ -25,19 +27,19 @@ _PROGRAMS = "/srv"
 def without_gate() -> Iterator[None]:
     """The gate does not look at paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "check_call", lambda *_: None)
+        open_template = dataclasses.replace(template.TEMPLATE, check_call=lambda *_: None)
+        patch.setitem(templates._TEMPLATES, "filesystem", open_template)
         yield
 
 
 @contextmanager
 def weak_server(off: str) -> Iterator[None]:
     """Servers that start in the block lack enforcements of their own; weakened.py has their names."""
-    profile_of = template.profile
 
-    def profile(*arguments: Any, **named: Any) -> Profile:
-        strong = profile_of(*arguments, **named)
+    def profile(declared: FilesystemServer, place: Place) -> Profile:
+        strong = template.profile(declared, place)
         program = f"{_PROGRAMS}/weakened.py"
-        interpreter, isolated, _, *options = strong.argv
+        interpreter, isolated, _, _, *options = strong.argv
         return dataclasses.replace(
             strong,
             argv=(interpreter, isolated, program, _PROGRAMS, off, *options),
@@ -45,7 +47,8 @@ def weak_server(off: str) -> Iterator[None]:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "profile", profile)
+        weak = dataclasses.replace(template.TEMPLATE, profile=profile)
+        patch.setitem(templates._TEMPLATES, "filesystem", weak)
         yield
 
 

@@ -222,12 +222,12 @@ def test_a_caller_learns_nothing_from_which_check_refused(issuer: Issuer, truste
 
 def test_twenty_megabytes_cost_nothing(trusted: TrustedIssuer) -> None:
     token = ".".join(["A" * (4 * 2**20)] * 5)
-    started = time.perf_counter()
+    started = time.thread_time()
     for read in (peek, lambda text: verify(text, trusted, now=datetime.now(UTC))):
         with pytest.raises(TokenRefused) as refusal:
             read(token)
         assert refusal.value.reason is TokenFault.TOO_LARGE
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 def test_the_size_limit_is_exact(issuer: Issuer, trusted: TrustedIssuer) -> None:

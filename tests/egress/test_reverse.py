@@ -59,6 +59,19 @@ async def test_a_client_cannot_have_our_headers_dropped(relay: EgressRelay, secu
     assert "x-hop" not in request
 
 
+async def test_a_length_that_only_some_servers_read_goes_nowhere(relay: EgressRelay, secure: Origin) -> None:
+    """They take an underscore for a hyphen: what follows is another request. Control: what is no framing passes."""
+    async with doors(relay, door(secure)) as opened:
+        await opened.say(
+            "POST /hello HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent_Length: 0\r\n"
+            "Transfer_Encoding: chunked\r\nX_Hop: gone\r\nX_Own: kept\r\nConnection: x_hop\r\n\r\nabc"
+        )
+    (request,) = secure.requests
+    assert request["content-length"] == "3"
+    assert request["x_own"] == "kept"
+    assert not {"content_length", "transfer_encoding", "x_hop"} & request.keys()
+
+
 @pytest.mark.parametrize(
     ("request_text", "status"),
     [

@@ -229,9 +229,9 @@ def test_a_schema_that_makes_no_sense_is_survived() -> None:
 def test_a_hostile_query_takes_no_time() -> None:
     for query in ("write " * 100_000, '"' * 100_000, "a." * 100_000, "./" * 100_000, "find for the " * 50_000):
         asked = CompletionIn(model="rehearsal", messages=[{"role": "user", "content": query}], tools=FILES)
-        began = time.monotonic()
+        began = time.thread_time()
         reply(asked)
-        assert time.monotonic() - began < 1
+        assert time.thread_time() - began < 1
 
 
 # Wrong input

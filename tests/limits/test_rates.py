@@ -107,3 +107,20 @@ async def test_many_at_once_get_no_more_than_the_limit() -> None:
     limiter, user = RateLimiter(), UUID(int=1)
     hits = await asyncio.gather(*(limiter.hit("10/minute", tenant_id=user, user_id=user) for _ in range(200)))
     assert sum(hit.is_allowed for hit in hits) == 10
+
+
+async def test_of_several_limits_each_holds_and_a_refusal_takes_no_place_in_another() -> None:
+    limiter, user = RateLimiter(), UUID(int=1)
+
+    async def hit(*limits: str) -> tuple[bool, str, int]:
+        window = await limiter.hit(*limits, tenant_id=user, user_id=user)
+        return window.is_allowed, str(window.limit), window.remaining
+
+    both = ("5/hour", "2/minute")
+    assert [await hit(*both) for _ in range(3)] == [
+        (True, "2 per 1 minute", 1),
+        (True, "2 per 1 minute", 0),
+        (False, "2 per 1 minute", 0),
+    ]
+    assert await hit("5/hour") == (True, "5 per 1 hour", 2)
+    assert (await limiter.peek(*both, tenant_id=user, user_id=user)).remaining == 0

@@ -114,7 +114,12 @@ async def test_the_sandbox_is_probed_on_demand(machine: Machine) -> None:
         ({"PORT": "eighty"}, "BULKHEAD_PORT: Input should be a valid integer"),
         ({"MODEL_TIMEOUT_S": "0"}, "BULKHEAD_MODEL_TIMEOUT_S: Input should be greater than 0"),
         ({"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"}, "DATABASE_APP_URL and DATABASE_PLATFORM_URL"),
+        ({"PROT": "hunter2"}, "There is no setting BULKHEAD_PROT"),
         ({"ROOT_KEYS": "k1:hunter2"}, "Key 'k1' of the keyring is not 32 random bytes"),
+        (
+            {"ROOT_KEYS": "k1:hunter2", "EGRESS_PRIVATE_NETWORKS": '{"ftech": ["10.0.0.0/8"]}'},
+            "BULKHEAD_EGRESS_PRIVATE_NETWORKS: there is no template ftech",
+        ),
         ({}, "Set BULKHEAD_DATABASE_APP_URL and BULKHEAD_DATABASE_PLATFORM_URL"),
     ],
 )

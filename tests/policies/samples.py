@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from app.policies.document import PolicyInvalid, parse
 from app.policies.engine import CompiledPolicy, Decision, PinnedTool, ToolRequest, compile_policy
 
+ALICE: Final = "018f0000-0000-7000-8000-00000000000a"
+BOB: Final = "018f0000-0000-7000-8000-00000000000b"
 PATH: Final = {"type": "string", "minLength": 1}
 SCHEMAS: Final[Mapping[str, Mapping[str, Any]]] = {
     "docs__read_file": {"properties": {"path": PATH}, "required": ["path"], "additionalProperties": False},
@@ -43,7 +46,14 @@ def pinned(schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS) -> list[PinnedToo
     ]
 
 
-def document_text(*, allow: Iterable[str] = (), deny: Iterable[str] = (), rules: str = "") -> str:
+def document_text(
+    *,
+    allow: Iterable[str] = (),
+    deny: Iterable[str] = (),
+    rules: str = "",
+    overrides: Sequence[Mapping[str, Any]] = (),
+    **sections: Mapping[str, Any],
+) -> str:
     indented = rules.replace("\n", "\n    ")
     return f"""
 schema: bulkhead/1
@@ -55,6 +65,8 @@ tools:
   deny: {list(deny)}
   rules: |
     {indented}
+overrides: {json.dumps(overrides)}
+{"".join(f"{name}: {json.dumps(section)}" + chr(10) for name, section in sections.items())}
 """
 
 
@@ -63,9 +75,11 @@ def policy(
     allow: Iterable[str] = (),
     deny: Iterable[str] = (),
     rules: str = "",
+    overrides: Sequence[Mapping[str, Any]] = (),
     schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS,
 ) -> CompiledPolicy:
-    return compile_policy(parse(document_text(allow=allow, deny=deny, rules=rules)), pinned(schemas))
+    text = document_text(allow=allow, deny=deny, rules=rules, overrides=overrides)
+    return compile_policy(parse(text), pinned(schemas))
 
 
 def refusals(**document: Any) -> list[tuple[str, str]]:
@@ -88,5 +102,5 @@ def ask(
     return compiled.decide(ToolRequest(tool=tool, arguments=sent, user_id=user, role=role))
 
 
-def visible(compiled: CompiledPolicy) -> set[str]:
-    return {tool.name for tool in compiled.visible_tools}
+def visible(compiled: CompiledPolicy, *, role: str = "user", user: str = "u1") -> set[str]:
+    return {tool.name for tool in compiled.visible_to(user, role)}

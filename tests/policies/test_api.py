@@ -63,7 +63,7 @@ async def test_ten_faults_give_ten_errors_each_with_its_place(tenant: Tenant) ->
         ("limits: {concurrent_runs: 2}", "/limits/concurrent_runs", "not enforced yet"),
         ("limits: {cost_usd_per_day: '5'}", "/limits/cost_usd_per_day", "not enforced yet"),
         ("tools: {approve: [docs__read_file]}", "/tools/approve", "not enforced yet"),
-        ("servers: {web: {template: browser}}", "/servers/web/template", "not enforced yet"),
+        ("servers: {web: {template: nope}}", "/servers/web/template", "must be one of"),
         ("limits: {max_stepz: 2}", "/limits/max_stepz", "not a known key"),
         ("egress: {allow: all}", "/egress", "not a known key"),
     ],
@@ -202,9 +202,19 @@ async def test_a_version_that_is_not_there_is_not_published(tenant: Tenant) -> N
 # Kill switches
 
 
+@pytest.mark.parametrize(("scope", "known"), [("tool", "docs__read_file"), ("server", "docs")])
+async def test_a_switch_for_what_nobody_has_says_so_and_holds(service: Service, scope: str, known: str) -> None:
+    tenant = await service.new_tenant()
+    for target, is_known in ((known, True), (f"{known}x", False)):
+        answer = await tenant.admin.make("/v1/switches", json={"scope": scope, "target": target, "reason": "test"})
+        assert (answer["warning"] is None) is is_known
+    assert len((await tenant.admin.get("/v1/switches")).json()["items"]) == 2
+
+
 async def test_a_switch_holds_until_it_is_lifted_and_is_its_owners_alone(service: Service, tenant: Tenant) -> None:
     body = {"scope": "tool", "target": "docs__read_file", "reason": "it misbehaves"}
     switch = await tenant.admin.make("/v1/switches", json=body)
+    assert switch.pop("warning") == "No tool of the published policy has this name."
     assert (await tenant.admin.get("/v1/switches")).json()["items"] == [switch]
     assert {name: switch[name] for name in body} == body
     assert switch["id"] not in (await service.platform.get("/v1/switches")).text

@@ -66,6 +66,38 @@ def test_an_argument_cannot_pass_for_an_entity(key: str) -> None:
     assert ask(policy(allow=["*"], schemas=PAY), "bank__pay", nested).rule == "reserved_key"
 
 
+def test_a_rule_is_told_by_its_id_and_not_by_its_place_in_cedars_set() -> None:
+    rule = '@id("too-much") forbid (principal, action, resource) when { context.arguments.amount > 5 };'
+    alone = cedar_alone(rule, {"amount": 6})
+    assert alone.diagnostics.reasons == ["policy1"]
+    assert ask(policy(allow=["*"], schemas=PAY, rules=rule), "bank__pay", amount=6).rule == "too-much"
+
+
+def test_a_caller_is_not_spelled_into_cedar() -> None:
+    """As text, a name with a quote in it could be another's; as a type and an id it is only itself."""
+    rules = 'permit (principal == User::"admin", action, resource);'
+    compiled = policy(schemas=PAY, rules=rules)
+    assert ask(compiled, "bank__pay", user="admin", amount=1)
+    for name in ('admin"', '"admin"', 'User::"admin"', 'x" == User::"admin', "admin\n", "", "\u0000"):
+        assert not ask(compiled, "bank__pay", user=name, amount=1)
+
+
+def test_arguments_are_typed_by_tool() -> None:
+    """One action for all tools would have no type for `path`; with one a tool, a rule may read its arguments."""
+    read = 'forbid (principal, action == Action::"{}", resource) when {{ context.arguments.path like "*.py" }};'
+    assert (
+        ask(policy(allow=["*"], rules=read.format("docs__read_file")), "docs__read_file", path="a.py").rule
+        == "rules[0]"
+    )
+    assert any("path" in message for _, message in refusals(allow=["*"], rules=read.format("bank__pay")))
+
+
+def test_a_glob_over_tools_is_no_like_on_an_entity() -> None:
+    like = 'permit (principal, action, resource) when { action like "docs__*" };'
+    assert any("expected" in message or "like" in message for _, message in refusals(rules=like))
+    assert ask(policy(allow=["docs__*"]), "docs__read_file", path="a").rule == "allow:docs__*"
+
+
 def test_a_guard_on_what_cedar_cannot_type_is_refused() -> None:
     rule = (
         'forbid (principal, action, resource) when { context.arguments has owner && context.arguments.owner == "x" };'

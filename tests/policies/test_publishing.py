@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from app.servers.tenant_servers import TenantServers
+from tests.auth.forgery import ISSUER, Issuer
 from tests.service import POLICY, Client, Service, Tenant
 
 
@@ -41,6 +42,35 @@ async def test_a_key_that_is_revoked_meanwhile_publishes_nothing(service: Servic
     held.set()
     assert (await publishing).status_code == 401
     assert (await tenant.admin.get(f"/v1/policies/{version}")).json()["is_published"] is False
+
+
+async def test_an_admin_who_is_none_any_more_publishes_nothing(service: Service, held: asyncio.Event) -> None:
+    tenant = await service.new_tenant(policy=None)
+    second, user, _ = await service.new_user(tenant.id, "tenant_admin")
+    version = await stored(tenant, second)
+    publishing = asyncio.create_task(second.post(f"/v1/policies/{version}/publish"))
+    await asyncio.sleep(0.3)
+    assert (await tenant.admin.patch(f"/v1/users/{user['id']}", json={"role": "auditor"})).status_code == 200
+    held.set()
+    assert (await publishing).status_code == 401
+    assert (await tenant.admin.get(f"/v1/policies/{version}")).json()["is_published"] is False
+
+
+@pytest.mark.parametrize(("is_removed", "status"), [(True, 401), (False, 200)])
+async def test_a_token_publishes_only_as_long_as_its_issuer_is_trusted(
+    service: Service, held: asyncio.Event, *, is_removed: bool, status: int
+) -> None:
+    tenant, forger = await service.new_tenant(policy=None), Issuer()
+    body = {"issuer": ISSUER, "jwks": forger.jwks, "role_claim": "role"}
+    issuer = await tenant.admin.make("/v1/issuers", json=body)
+    second = await service.client(forger.token(aud=issuer["audience"], role="tenant_admin"))
+    version = await stored(tenant, second)
+    publishing = asyncio.create_task(second.post(f"/v1/policies/{version}/publish"))
+    await asyncio.sleep(0.3)
+    if is_removed:
+        assert (await tenant.admin.delete(f"/v1/issuers/{issuer['id']}")).status_code == 204
+    held.set()
+    assert (await publishing).status_code == status
 
 
 async def test_a_tenant_publishes_one_policy_at_a_time(service: Service, held: asyncio.Event) -> None:

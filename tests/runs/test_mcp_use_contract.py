@@ -54,7 +54,7 @@ def chat() -> GovernedChat:
 
 
 def agent(tools: list[PinnedTool]) -> GovernedAgent:
-    return GovernedAgent(chat(), gate=_gate(), tools=tools, instructions="")
+    return GovernedAgent(chat(), gate=_gate(), tools=tools, instructions="", search_above=40)
 
 
 def _gate() -> Gate:

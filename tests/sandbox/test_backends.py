@@ -19,10 +19,11 @@ import pytest
 from mcp import ClientSession, StdioServerParameters, stdio_client
 from mcp.types import CallToolResult, TextContent
 
-from app.policies.document import FilesystemServer
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox import orders
 from app.sandbox.contract import Launch, Mount, Sandbox
 from app.servers.filesystem import template
+from app.servers.template import Place
 from tests.sandbox import programs
 from tests.sandbox.ground import HERE, ROOT, SERVICE_IS_ROOT, UID, Ground
 from tests.sandbox.programs import BACKENDS, altered, profile, run
@@ -136,7 +137,7 @@ async def test_runs_a_tool_server_that_writes_to_its_workspace(sandbox: Sandbox,
 async def test_runs_the_filesystem_server_as_it_is(sandbox: Sandbox, ground: Ground, *, readonly: bool) -> None:
     server = FilesystemServer(template="filesystem", root="docs", readonly=readonly)
     workspace = Path(ground.bare["workspace"])
-    launch = sandbox.launch(template.profile(server, workspace=workspace, host_uid=UID))
+    launch = sandbox.launch(template.profile(server, Place(UID, folder=workspace)))
     _, result = await session_with(launch, "read_file", {"path": "own.txt"})
     assert text_of(result) == "mine"
     tools, result = await session_with(launch, "write_file", {"path": "new.txt", "content": "x"})
@@ -150,7 +151,7 @@ async def test_the_filesystem_server_reads_nothing_beside_its_workspace(sandbox:
     server = FilesystemServer(template="filesystem", root="docs")
     workspace = Path(ground.bare["workspace"])
     (workspace / "out.txt").symlink_to(ground.bare["secret"])
-    launch = sandbox.launch(template.profile(server, workspace=workspace, host_uid=UID))
+    launch = sandbox.launch(template.profile(server, Place(UID, folder=workspace)))
     try:
         _, result = await session_with(launch, "read_file", {"path": "out.txt"})
     finally:

@@ -13,11 +13,12 @@ from typing import Any, Final
 import psutil
 from mcp.types import TextContent
 
-from app.policies.document import FilesystemServer
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox.contract import Sandbox
 from app.servers.filesystem import template
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
+from app.servers.template import Place
 
 SCRIPT: Final = Path(__file__).with_name("hostile_server.py")
 _UID: Final = 61_300 if os.geteuid() == 0 else os.geteuid()
@@ -36,7 +37,7 @@ class Hostile:
         workspace.mkdir(exist_ok=True)
         (workspace / "start.txt").write_text(start)
         declared = FilesystemServer(template="filesystem", root="docs")
-        profile = template.profile(declared, workspace=workspace, host_uid=_UID)
+        profile = template.profile(declared, Place(_UID, folder=workspace))
         profile = replace(profile, cgroup=cgroup)
         return LiveServer("docs", self.sandbox.launch(profile), StderrTail(self.folder / "docs.stderr"), **more)
 

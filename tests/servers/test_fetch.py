@@ -20,14 +20,14 @@ from app.egress import Relay
 from app.outbound.allowances import Tenants
 from app.outbound.control import Control
 from app.outbound.grants import Grant, Proxy, dumped
-from app.policies.document import FetchServer
+from app.policies.servers.fetch import FetchServer
 from app.sandbox import landlock
 from app.sandbox.choice import ProbedSandbox, choose
 from app.sandbox.contract import Launch, Network, Profile, SandboxUnavailable
-from app.servers import templates
 from app.servers.fetch import template
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
+from app.servers.template import Place
 from tests.servers.site import API, DOCS, SECRET, Site, make_trust, serving
 
 UID = 61_301 if os.geteuid() == 0 else os.geteuid()
@@ -50,8 +50,8 @@ class Ground:
         return f"https://{name}:{self.site.port}{path}"
 
     def profile(self, declared: FetchServer, channel: socket.socket | None = None) -> Profile:
-        network = Network(channel.fileno(), tuple(templates.doors(declared))) if channel else None
-        return templates.profile(declared, templates.Place(UID, network=network, ca_file=self.ca_file))
+        network = Network(channel.fileno(), tuple(template.doors(declared, {}))) if channel else None
+        return template.profile(declared, Place(UID, network=network, ca_file=self.ca_file))
 
     @asynccontextmanager
     async def started(self, declared: FetchServer, *, has_network: bool = True) -> AsyncIterator[LiveServer]:
@@ -72,7 +72,7 @@ class Ground:
         relay = Relay(theirs, resolve=_on_loopback, tls=ssl.create_default_context(), tenants=Tenants(100))
         tasks = [asyncio.create_task(relay.serve()), asyncio.create_task(self._record(ours))]
         grant = Grant(
-            tenant="tenant", doors=tuple(templates.doors(declared).values()), private_networks=("127.0.0.0/8",)
+            tenant="tenant", doors=tuple(template.doors(declared, {}).values()), private_networks=("127.0.0.0/8",)
         )
         with inside:
             with outside:
@@ -186,7 +186,7 @@ async def test_without_the_operators_bundle_it_trusts_the_public_authorities(gro
 
 def test_its_door_is_a_proxy_to_the_hosts_of_the_policy() -> None:
     declared = FetchServer(template="fetch", allowed_hosts=("docs.example.com", "api.example.com:8443"))
-    ((address, door),) = templates.doors(declared).items()
+    ((address, door),) = template.doors(declared, {}).items()
     assert address == template.PROXY
     assert isinstance(door, Proxy)
     assert door.hosts == (("docs.example.com", 443), ("api.example.com", 8443))

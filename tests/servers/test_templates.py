@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from mcp.types import TextContent
 
-from app.policies.document import DeclaredServer, FetchServer, FilesystemServer
+from app.policies.document import DeclaredServer
+from app.policies.servers.fetch import FetchServer
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox.choice import ProbedSandbox, choose
 from app.servers import templates
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
-from app.servers.templates import Place, Workspace
+from app.servers.template import Place, Workspace
+from app.servers.templates import template_of
 
 UID = 61_302 if os.geteuid() == 0 else os.geteuid()
 FETCH = FetchServer(template="fetch", allowed_hosts=("docs.example.com", "api.example.com:8443"))
@@ -39,7 +42,7 @@ def files(**keys: Any) -> FilesystemServer:
     ],
 )
 def test_which_folder_of_the_host_it_needs(declared: DeclaredServer, needed: Workspace | None) -> None:
-    assert templates.workspace(declared) == needed
+    assert template_of(declared).workspace(declared) == needed
 
 
 @pytest.mark.parametrize(
@@ -62,13 +65,13 @@ def test_a_call_is_checked_by_its_template(
 
 
 def test_only_a_server_with_hosts_has_a_door() -> None:
-    assert templates.doors(files()) == {}
-    assert len(templates.doors(FETCH)) == 1
+    assert template_of(files()).doors(files(), {}) == {}
+    assert len(template_of(FETCH).doors(FETCH, {})) == 1
 
 
 def test_what_only_reads_must_have_something_to_read() -> None:
     with pytest.raises(ValueError, match="nothing to read"):
-        templates.profile(files(), Place(UID))
+        template_of(files()).profile(files(), Place(UID))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ async def sandbox() -> ProbedSandbox:
 
 @asynccontextmanager
 async def started(sandbox: ProbedSandbox, folder: Path, declared: DeclaredServer) -> AsyncIterator[LiveServer]:
-    launch = sandbox.launch(templates.profile(declared, Place(UID)))
+    launch = sandbox.launch(template_of(declared).profile(declared, Place(UID)))
     live = LiveServer("docs", launch, StderrTail(folder / "stderr"))
     await live.start(timeout_s=20)
     try:

@@ -1,5 +1,5 @@
-"""Routes that ask, read, cancel and tell who asks; publishing is here too, since it may end runs."""
+"""Routes that ask, read, cancel and tell who asks; what looks at a policy and its calls is here too."""
 
-from app.runs.endpoints import me, publishing, runs
+from app.runs.endpoints import backtests, drafts, me, publishing, runs
 
-routers = (runs.router, me.router, publishing.router)
+routers = (runs.router, me.router, publishing.router, drafts.router, backtests.router)

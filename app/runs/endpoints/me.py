@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from app.auth.dependencies import authenticated
 from app.caller import Caller
 from app.limits.rates import RateLimiter
+from app.policies.overrides import Terms
+from app.policies.standing import Access
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.problems import responses
 from app.scopes import Role, Scope
@@ -26,11 +28,24 @@ class RequestsOut(BaseModel):
     reset_in_s: int
 
 
+class LimitsOut(BaseModel):
+    """What one run of the caller is bounded by: turns, seconds, calls; and the characters of a query."""
+
+    max_steps: int
+    timeout_s: int
+    max_tool_calls: int
+    max_length: int
+
+
 class ToolOut(BaseModel):
-    """A tool that some call of the caller could be allowed to use."""
+    """A tool that some call of the caller could be allowed to use.
+
+    Where it is not conditional, the policy allows every call whose arguments fit the tool.
+    """
 
     name: str
     description: str
+    is_conditional: bool
 
 
 class MeOut(BaseModel):
@@ -43,6 +58,7 @@ class MeOut(BaseModel):
     scopes: list[Scope]
     policy_version: int | None
     requests: RequestsOut | None
+    limits: LimitsOut | None
     tools: list[ToolOut]
 
 
@@ -59,17 +75,30 @@ async def read_me(request: Request, caller: Annotated[Caller, Depends(authentica
         scopes=sorted(caller.scopes),
         policy_version=policy.version if policy else None,
         requests=await _requests(request, caller, policy) if policy else None,
-        tools=_tools(policy),
+        limits=LimitsOut.model_validate(_terms(caller, policy), from_attributes=True) if policy else None,
+        tools=_tools(caller, policy) if policy else [],
     )
 
 
 async def _requests(request: Request, caller: Caller, policy: ActivePolicy) -> RequestsOut:
     limiter: RateLimiter = request.app.state.rate_limiter
-    limit = policy.document.limits.requests
-    window = await limiter.peek(limit, tenant_id=caller.tenant_id, user_id=caller.user_id)
+    limits = _terms(caller, policy).requests
+    window = await limiter.peek(*limits, tenant_id=caller.tenant_id, user_id=caller.user_id)
     return RequestsOut(limit=str(window.limit), remaining=window.remaining, reset_in_s=window.reset_in_s)
 
 
-def _tools(policy: ActivePolicy | None) -> list[ToolOut]:
-    tools = policy.compiled.visible_tools if policy else ()
-    return [ToolOut(name=tool.name, description=tool.description) for tool in tools]
+def _terms(caller: Caller, policy: ActivePolicy) -> Terms:
+    return policy.document.terms_for(str(caller.user_id), caller.role.value)
+
+
+def _tools(caller: Caller, policy: ActivePolicy) -> list[ToolOut]:
+    asking = str(caller.user_id), caller.role.value
+    standings = policy.compiled.standings(*asking)
+    return [
+        ToolOut(
+            name=tool.name,
+            description=tool.description,
+            is_conditional=standings[tool.name].access is Access.CONDITIONAL,
+        )
+        for tool in policy.compiled.visible_to(*asking)
+    ]

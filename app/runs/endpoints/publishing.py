@@ -1,30 +1,48 @@
-"""The route that publishes a policy: here and not with the policies, since it may end runs."""
+"""Routes that check, publish and roll back a policy: here and not with the policies, since they may end runs."""
 
 from __future__ import annotations
 
+from datetime import datetime
+from functools import partial
 from typing import Annotated
+from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth import repository as credentials
-from app.auth.dependencies import TheDatabase, requires
+from app.auth.dependencies import OnlyOnce, TheDatabase, TheIfMatch, requires
 from app.caller import Caller
-from app.policies import versions
+from app.errors import Conflict, NotFound
+from app.etags import IfMatch, PreconditionFailed, tagged
+from app.policies import checks, versions
 from app.problems import responses
 from app.runs import repository
 from app.runs.state import StopCause
 from app.schemas import Answer, Body, VersionNumber
 from app.scopes import Scope
 from app.servers import publish as publishing
-from app.servers.tenant_servers import TenantServers
+from app.servers.publish import Prepared
+from app.tenants import repository as tenants
 
 router = APIRouter(tags=["policies"])
+Publisher = Annotated[Caller, Depends(requires(Scope.POLICIES_PUBLISH))]
 
 
 class PublishIn(Body):
-    """Whether runs in flight end (`revoke_running`) or finish on the version that they started under."""
+    """Whether runs in flight end (`revoke_running`) or finish on the version that they started under, and whether
+    tools may be pinned that have changed although their servers are declared as before (`accept_tool_changes`).
+    """
 
     revoke_running: bool = False
+    accept_tool_changes: bool = False
+
+
+class RollbackIn(PublishIn):
+    """The version to go back to; without it, the one that held before the one that holds."""
+
+    to: int | None = Field(default=None, ge=1, le=2_147_483_647)
 
 
 class PublishedOut(Answer):
@@ -34,27 +52,143 @@ class PublishedOut(Answer):
     revoked_runs: int
 
 
+class HoldingOut(Answer):
+    """The version that holds, who made it hold, and since when its servers' tools are pinned."""
+
+    version: int
+    pinned_at: datetime
+    published_by: UUID
+    published_at: datetime
+
+
+class ObstacleOut(Answer):
+    """What publishing would still be refused for: an error's code and its words."""
+
+    code: str
+    detail: str
+
+
+class CheckedOut(Answer):
+    """The tools that the version's servers have; the other routes go by these until it is checked anew."""
+
+    version: int
+    checked_at: datetime
+    tools: list[str]
+    obstacles: list[ObstacleOut]
+
+
+@router.post(
+    "/v1/policies/{version}/check",
+    summary="Check a version as publishing does, and change nothing",
+    responses=responses(401, 403, 404, 409, 422),
+)
+async def check_policy(
+    request: Request,
+    version: VersionNumber,
+    caller: Annotated[Caller, Depends(requires(Scope.POLICIES_WRITE))],
+    database: TheDatabase,
+) -> CheckedOut:
+    """Its servers are started in the sandbox; every fault is told that publishing would tell."""
+    prepared = await _prepare(request, database, caller, version)
+    obstacles = []
+    async with database.transaction(caller.tenant_id) as session:
+        checked_at = await checks.record_check(session, caller, version, prepared.tools)
+        try:
+            await publishing.demand(session, prepared)
+        except Conflict as error:
+            obstacles.append(ObstacleOut(code=error.code, detail=error.detail))
+    tools = sorted(tool.name for tool in prepared.tools)
+    return CheckedOut(version=version, checked_at=checked_at, tools=tools, obstacles=obstacles)
+
+
 @router.post(
     "/v1/policies/{version}/publish",
     summary="Make a version hold",
-    responses=responses(401, 403, 404, 409, 413, 422),
+    responses=responses(401, 403, 404, 409, 412, 413, 422),
 )
 async def publish_policy(
     request: Request,
     version: VersionNumber,
-    caller: Annotated[Caller, Depends(requires(Scope.POLICIES_PUBLISH))],
+    caller: Publisher,
     database: TheDatabase,
+    once: OnlyOnce,
+    if_match: TheIfMatch,
     body: PublishIn = PublishIn(),
 ) -> PublishedOut:
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
-    servers: TenantServers = request.app.state.servers
-    state = request.app.state
-    prepared = await publishing.prepare(database, servers, state.workspaces, state.catalogue, caller, version)
     async with database.transaction(caller.tenant_id) as session:
-        # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
-        await credentials.recheck(session, caller)
-        await versions.point(session, caller, version, prepared.tools, replaces=prepared.replaces)
-        revoked = 0
-        if body.revoke_running:
-            revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
-    return PublishedOut(version=version, revoked_runs=revoked)
+        await once.replay(session, caller.tenant_id)
+    prepared = await _prepare(request, database, caller, version)
+    make = partial(_hold, caller=caller, prepared=prepared, if_match=if_match, asked=body)
+    async with database.transaction(caller.tenant_id) as session:
+        return await once.make(session, caller.tenant_id, partial(make, session, is_rollback=False), status=200)
+
+
+@router.post(
+    "/v1/policies/rollback",
+    summary="Make a version hold again that held before",
+    responses=responses(401, 403, 404, 409, 412, 413, 422),
+)
+async def roll_back_policy(
+    request: Request,
+    caller: Publisher,
+    database: TheDatabase,
+    once: OnlyOnce,
+    if_match: TheIfMatch,
+    body: RollbackIn = RollbackIn(),
+) -> PublishedOut:
+    """With the same checks as publishing, against the tools that its servers have now."""
+    async with database.transaction(caller.tenant_id) as session:
+        await once.replay(session, caller.tenant_id)
+        version = await versions.held_before(session, body.to)
+    prepared = await _prepare(request, database, caller, version)
+    make = partial(_hold, caller=caller, prepared=prepared, if_match=if_match, asked=body)
+    async with database.transaction(caller.tenant_id) as session:
+        return await once.make(session, caller.tenant_id, partial(make, session, is_rollback=True), status=200)
+
+
+@router.get("/v1/policies/published", summary="Read which version holds", responses=responses(401, 403, 404))
+async def read_published(
+    caller: Annotated[Caller, Depends(requires(Scope.POLICIES_READ))], database: TheDatabase, response: Response
+) -> HoldingOut:
+    """Its tag, sent as If-Match with a publish or a rollback, lets neither replace what you have not seen."""
+    async with database.transaction(caller.tenant_id) as session:
+        found = await versions.find_pointer(session)
+    if found is None:
+        raise NotFound("No version has been published.")
+    return tagged(response, HoldingOut.model_validate(found))
+
+
+async def _prepare(request: Request, database: TheDatabase, caller: Caller, version: int) -> Prepared:
+    state = request.app.state
+    return await publishing.prepare(
+        database, state.servers, state.workspaces, state.catalogue, state.caps, caller, version
+    )
+
+
+async def _hold(
+    session: AsyncSession,
+    *,
+    caller: Caller,
+    prepared: Prepared,
+    if_match: IfMatch,
+    asked: PublishIn,
+    is_rollback: bool,
+) -> PublishedOut:
+    # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
+    await credentials.recheck(session, caller)
+    await _check_pointer(session, caller, if_match)
+    await publishing.hold(session, caller, prepared, accepts_changes=asked.accept_tool_changes, is_rollback=is_rollback)
+    revoked = 0
+    if asked.revoke_running:
+        revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
+    return PublishedOut(version=prepared.version, revoked_runs=revoked)
+
+
+async def _check_pointer(session: AsyncSession, caller: Caller, if_match: IfMatch) -> None:
+    if if_match.tags is not None:
+        await tenants.lock(session, caller.tenant_id)
+        found = await versions.find_pointer(session)
+        if found is None:
+            raise PreconditionFailed
+        if_match.check(HoldingOut.model_validate(found))

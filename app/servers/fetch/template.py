@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from app.outbound.grants import Door, Proxy
 from app.policies.decision import Denial
-from app.policies.document import FetchServer
 from app.policies.hosts import HostPort, check_url, parse_host
+from app.policies.servers.fetch import FetchServer
 from app.sandbox import runtimes
-from app.sandbox.contract import Mount, Network, Profile
+from app.sandbox.contract import Mount, Profile
+from app.servers import lean
+from app.servers.template import Place, Template
 
 _SERVER: Final = Path(__file__).with_name("server.py")
 _CA_FILE: Final = "/srv/ca.pem"
@@ -23,36 +26,44 @@ def hosts(server: FetchServer) -> tuple[HostPort, ...]:
     return tuple(parse_host(host) for host in server.allowed_hosts)
 
 
-def check_call(server: FetchServer, arguments: Mapping[str, Any]) -> Denial | None:
+def check_call(server: FetchServer, _tool: str, arguments: Mapping[str, Any]) -> Denial | None:
     """What the template's own rules have against a call; asked before the server sees it."""
     return check_url(arguments.get("url"), allowed=hosts(server))
 
 
-def profile(
-    server: FetchServer, *, host_uid: int, network: Network | None = None, ca_file: Path | None = None
-) -> Profile:
+def doors(server: FetchServer, _secrets: Mapping[str, str]) -> Mapping[HostPort, Door]:
+    """One proxy to all of its hosts."""
+    return {PROXY: Proxy(hosts(server))}
+
+
+def profile(server: FetchServer, place: Place) -> Profile:
     """The server holds no list of hosts, since it is not trusted to keep to one. Without a network it only lists.
 
-    `ca_file` replaces certifi's authorities; the host's user of the server must be able to read it.
+    Its `ca_file` replaces certifi's authorities; the host's user of the server must be able to read it.
     """
     python = runtimes.python()
-    trusted = ("--ca-file", _CA_FILE) if ca_file else ()
+    trusted = ("--ca-file", _CA_FILE) if place.ca_file else ()
     return Profile(
         argv=(
             python.interpreter,
             "-I",
+            "/srv/lean.py",
             "/srv/server.py",
             *("--proxy", f"http://{PROXY[0]}:{PROXY[1]}"),
             *("--max-response-size", str(server.max_response_size)),
             *trusted,
         ),
-        host_uid=host_uid,
+        host_uid=place.host_uid,
         mounts=(
             *python.mounts,
+            Mount(Path(lean.__file__), "/srv/lean.py"),
             Mount(_SERVER, "/srv/server.py"),
-            *((Mount(ca_file.resolve(), _CA_FILE),) if ca_file else ()),
+            *((Mount(place.ca_file.resolve(), _CA_FILE),) if place.ca_file else ()),
         ),
         files=python.files,
         environment=python.environment,
-        network=network,
+        network=place.network,
     )
+
+
+TEMPLATE: Final = Template[FetchServer](profile=profile, check_call=check_call, doors=doors)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.policies.decision import Denial
-from app.policies.document import FilesystemServer
 from app.policies.paths import check_path
+from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox import runtimes
 from app.sandbox.contract import Limits, Mount, Profile, Scratch
+from app.servers import lean
+from app.servers.template import Place, Template, Workspace
 from app.tenants import beneath
 
 _SERVER: Final = Path(__file__).with_name("server.py")
@@ -30,12 +32,19 @@ def check_call(server: FilesystemServer, tool: str, arguments: Mapping[str, Any]
     return None
 
 
-def profile(server: FilesystemServer, *, workspace: Path | None, host_uid: int) -> Profile:
+def workspace(server: FilesystemServer) -> Workspace | None:
+    """The workspace `root`, but for a run's own, which the sandbox makes."""
+    is_of_the_run = server.isolation == "run" and not server.readonly
+    return None if is_of_the_run else Workspace(server.root, is_writable=not server.readonly)
+
+
+def profile(server: FilesystemServer, place: Place) -> Profile:
     """Read-only is a property of the mount, the size of a file one of the process: the server is not trusted.
 
-    Without a `workspace` it has an empty one that ends with it; one to read from must be there.
+    Without a folder it has an empty one that ends with it; one to read from must be there.
     """
-    if workspace is None and server.readonly:
+    folder = place.folder
+    if folder is None and server.readonly:
         raise ValueError("there is nothing to read in an empty workspace")
     python = runtimes.python()
     flags = ("--readonly",) if server.readonly else ()
@@ -43,22 +52,27 @@ def profile(server: FilesystemServer, *, workspace: Path | None, host_uid: int) 
         argv=(
             python.interpreter,
             "-I",
+            "/srv/lean.py",
             "/srv/server.py",
             *("--root", _WORKSPACE),
             *("--max-file-size", str(server.max_file_size)),
             *("--allowed-extensions", ",".join(server.allowed_extensions)),
             *flags,
         ),
-        host_uid=host_uid,
+        host_uid=place.host_uid,
         mounts=(
             *python.mounts,
+            Mount(Path(lean.__file__), "/srv/lean.py"),
             Mount(_SERVER, "/srv/server.py"),
             Mount(Path(beneath.__file__), "/srv/beneath.py"),
-            *((Mount(workspace, _WORKSPACE, writable=not server.readonly),) if workspace else ()),
+            *((Mount(folder, _WORKSPACE, writable=not server.readonly),) if folder else ()),
         ),
-        scratch=() if workspace else (_OF_THE_RUN,),
+        scratch=() if folder else (_OF_THE_RUN,),
         files=python.files,
         environment=python.environment,
         limits=Limits(file_bytes=server.max_file_size),
         working_directory=_WORKSPACE,
     )
+
+
+TEMPLATE: Final = Template[FilesystemServer](profile=profile, check_call=check_call, workspace=workspace)

@@ -6,12 +6,24 @@ from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 from pydantic import Field
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.auth.dependencies import Paging, TheDatabase, TheKeyring, ThePlatform, acting, paging, requires
+from app.auth.dependencies import (
+    OnlyOnce,
+    Paging,
+    TheDatabase,
+    TheIfMatch,
+    TheKeyring,
+    ThePlatform,
+    acting,
+    paging,
+    requires,
+)
 from app.caller import PLATFORM_TENANT, Caller
 from app.errors import Forbidden, NotFound
+from app.etags import tagged
 from app.problems import responses
 from app.schemas import Answer, Body
 from app.scopes import Role, Scope
@@ -54,6 +66,12 @@ class UserIn(Body):
     role: Role
 
 
+class RoleIn(Body):
+    """What a user may do from now on."""
+
+    role: Role
+
+
 class UserOut(Answer):
     """A user. `subject` is who it is at its issuer, for users who came with a token."""
 
@@ -74,11 +92,17 @@ class UsersOut(Answer):
 
 
 @router.post("/v1/tenants", status_code=201, summary="Make a tenant", responses=responses(401, 403, 409, 413, 422))
-async def create_tenant(body: TenantIn, caller: TenantWriter, platform: ThePlatform, keyring: TheKeyring) -> TenantOut:
+async def create_tenant(
+    body: TenantIn, caller: TenantWriter, platform: ThePlatform, keyring: TheKeyring, once: OnlyOnce
+) -> TenantOut:
     """Its first admin is made at /v1/tenants/{tenant_id}/users."""
-    tenant_id = await service.create_tenant(platform, keyring, slug=body.slug, actor_id=caller.user_id)
-    async with platform.transaction() as session:
+
+    async def make() -> TenantOut:
+        tenant_id = await service.create_tenant(session, keyring, slug=body.slug, actor_id=caller.user_id)
         return TenantOut.model_validate(await repository.get_tenant(session, tenant_id))
+
+    async with platform.transaction() as session:
+        return await once.make(session, PLATFORM_TENANT, make)
 
 
 @router.get("/v1/tenants", summary="List tenants", responses=responses(401, 403, 422))
@@ -95,32 +119,42 @@ async def list_tenants(
 
 
 @router.get("/v1/tenants/{tenant_id}", summary="Read a tenant", responses=responses(401, 403, 404, 422))
-async def read_tenant(tenant_id: UUID, _caller: TenantReader, platform: ThePlatform) -> TenantOut:
+async def read_tenant(tenant_id: UUID, _caller: TenantReader, platform: ThePlatform, response: Response) -> TenantOut:
     """As of now."""
     async with platform.transaction() as session:
-        return TenantOut.model_validate(await repository.get_tenant(session, _customer(tenant_id)))
+        found = TenantOut.model_validate(await repository.get_tenant(session, _customer(tenant_id)))
+    return tagged(response, found)
 
 
 @router.post(
     "/v1/tenants/{tenant_id}/disable",
     status_code=204,
     summary="Disable a tenant",
-    responses=responses(401, 403, 404, 422),
+    responses=responses(401, 403, 404, 412, 422),
 )
-async def disable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform) -> None:
+async def disable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform, if_match: TheIfMatch) -> None:
     """Its credentials are refused at once, its runs in flight cancelled within a second."""
-    await service.set_tenant_active(platform, tenant_id, is_active=False, actor_id=caller.user_id)
+    async with platform.transaction() as session:
+        await _check_tenant(session, tenant_id, if_match)
+        await service.set_tenant_active(session, tenant_id, is_active=False, actor_id=caller.user_id)
 
 
 @router.post(
     "/v1/tenants/{tenant_id}/enable",
     status_code=204,
     summary="Enable a tenant",
-    responses=responses(401, 403, 404, 422),
+    responses=responses(401, 403, 404, 412, 422),
 )
-async def enable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform) -> None:
+async def enable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform, if_match: TheIfMatch) -> None:
     """Its credentials are taken again."""
-    await service.set_tenant_active(platform, tenant_id, is_active=True, actor_id=caller.user_id)
+    async with platform.transaction() as session:
+        await _check_tenant(session, tenant_id, if_match)
+        await service.set_tenant_active(session, tenant_id, is_active=True, actor_id=caller.user_id)
+
+
+async def _check_tenant(session: AsyncSession, tenant_id: UUID, if_match: TheIfMatch) -> None:
+    await repository.lock(session, _customer(tenant_id))
+    if_match.check(TenantOut.model_validate(await repository.get_tenant(session, tenant_id)))
 
 
 @router.post(
@@ -135,27 +169,36 @@ async def create_tenant_user(
     caller: TenantWriter,
     database: TheDatabase,
     keyring: TheKeyring,
+    once: OnlyOnce,
 ) -> UserOut:
     """Acting for the tenant: on both records, with the platform's admin as the actor."""
-    return await _create_user(database, keyring, tenant_id, body, caller)
+    async with database.transaction(tenant_id) as session:
+        return await once.make(session, tenant_id, lambda: _create_user(session, keyring, tenant_id, body, caller))
 
 
 @router.post("/v1/users", status_code=201, summary="Make a user", responses=responses(401, 403, 409, 413, 422))
-async def create_user(body: UserIn, caller: UserWriter, database: TheDatabase, keyring: TheKeyring) -> UserOut:
+async def create_user(
+    body: UserIn, caller: UserWriter, database: TheDatabase, keyring: TheKeyring, once: OnlyOnce
+) -> UserOut:
     """Of the caller's tenant; by an admin of the platform, another admin of the platform."""
-    return await _create_user(database, keyring, caller.tenant_id, body, caller)
+    tenant_id = caller.tenant_id
+    async with database.transaction(tenant_id) as session:
+        return await once.make(session, tenant_id, lambda: _create_user(session, keyring, tenant_id, body, caller))
 
 
 async def _create_user(
-    database: TheDatabase, keyring: TheKeyring, tenant_id: UUID, body: UserIn, caller: Caller
+    session: AsyncSession, keyring: TheKeyring, tenant_id: UUID, body: UserIn, caller: Caller
 ) -> UserOut:
-    if (body.role is Role.PLATFORM_ADMIN) != (tenant_id == PLATFORM_TENANT):
-        raise Forbidden("Admins of the platform belong to no tenant, and all others to one.")
+    _check_role(body.role, tenant_id)
     user_id = await service.create_user(
-        database, keyring, tenant_id, name=body.name, role=body.role, actor_id=caller.user_id
+        session, keyring, tenant_id, name=body.name, role=body.role, actor_id=caller.user_id
     )
-    async with database.transaction(tenant_id) as session:
-        return UserOut.model_validate(await repository.get_user(session, user_id))
+    return UserOut.model_validate(await repository.get_user(session, user_id))
+
+
+def _check_role(role: Role, tenant_id: UUID) -> None:
+    if (role is Role.PLATFORM_ADMIN) != (tenant_id == PLATFORM_TENANT):
+        raise Forbidden("Admins of the platform belong to no tenant, and all others to one.")
 
 
 @router.get("/v1/users", summary="List users", responses=responses(401, 403, 422))
@@ -172,26 +215,59 @@ async def list_users(
 
 
 @router.get("/v1/users/{user_id}", summary="Read a user", responses=responses(401, 403, 404, 422))
-async def read_user(user_id: UUID, caller: UserReader, database: TheDatabase) -> UserOut:
+async def read_user(user_id: UUID, caller: UserReader, database: TheDatabase, response: Response) -> UserOut:
     """Of the caller's tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        return UserOut.model_validate(await repository.get_user(session, user_id))
+        found = UserOut.model_validate(await repository.get_user(session, user_id))
+    return tagged(response, found)
+
+
+@router.patch(
+    "/v1/users/{user_id}",
+    summary="Change a user's role",
+    responses=responses(401, 403, 404, 409, 412, 413, 422),
+)
+async def change_user(
+    user_id: UUID, body: RoleIn, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch, response: Response
+) -> UserOut:
+    """Within the tenant. It holds from the user's next request on; the last admin stays one."""
+    _check_role(body.role, caller.tenant_id)
+    async with database.transaction(caller.tenant_id) as session:
+        await _check_user(session, caller, user_id, if_match)
+        await service.set_role(session, caller.tenant_id, user_id, role=body.role, actor_id=caller.user_id)
+        changed = UserOut.model_validate(await repository.get_user(session, user_id))
+    return tagged(response, changed)
 
 
 @router.post(
-    "/v1/users/{user_id}/disable", status_code=204, summary="Disable a user", responses=responses(401, 403, 404, 422)
+    "/v1/users/{user_id}/disable",
+    status_code=204,
+    summary="Disable a user",
+    responses=responses(401, 403, 404, 409, 412, 422),
 )
-async def disable_user(user_id: UUID, caller: UserWriter, database: TheDatabase) -> None:
-    """All credentials are refused at once, runs in flight cancelled within a second."""
-    await service.set_user_active(database, caller.tenant_id, user_id, is_active=False, actor_id=caller.user_id)
+async def disable_user(user_id: UUID, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
+    """All credentials are refused at once, runs in flight cancelled within a second. The last admin stays."""
+    async with database.transaction(caller.tenant_id) as session:
+        await _check_user(session, caller, user_id, if_match)
+        await service.set_user_active(session, caller.tenant_id, user_id, is_active=False, actor_id=caller.user_id)
 
 
 @router.post(
-    "/v1/users/{user_id}/enable", status_code=204, summary="Enable a user", responses=responses(401, 403, 404, 422)
+    "/v1/users/{user_id}/enable",
+    status_code=204,
+    summary="Enable a user",
+    responses=responses(401, 403, 404, 412, 422),
 )
-async def enable_user(user_id: UUID, caller: UserWriter, database: TheDatabase) -> None:
+async def enable_user(user_id: UUID, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """Credentials that are still valid are taken again."""
-    await service.set_user_active(database, caller.tenant_id, user_id, is_active=True, actor_id=caller.user_id)
+    async with database.transaction(caller.tenant_id) as session:
+        await _check_user(session, caller, user_id, if_match)
+        await service.set_user_active(session, caller.tenant_id, user_id, is_active=True, actor_id=caller.user_id)
+
+
+async def _check_user(session: AsyncSession, caller: Caller, user_id: UUID, if_match: TheIfMatch) -> None:
+    await repository.lock(session, caller.tenant_id)
+    if_match.check(UserOut.model_validate(await repository.get_user(session, user_id)))
 
 
 def _customer(tenant_id: UUID) -> UUID:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
@@ -25,7 +26,7 @@ from app.tenants import repository
 from app.tenants.service import open_tenant_key
 from app.tenants.workspaces import WorkspaceStore
 
-router = APIRouter(prefix="/v1/workspaces/{name}", tags=["workspaces"])
+router = APIRouter(prefix="/v1/workspaces", tags=["workspaces"])
 Reader = Annotated[Caller, Depends(requires(Scope.WORKSPACES_READ))]
 Writer = Annotated[Caller, Depends(requires(Scope.WORKSPACES_WRITE))]
 
@@ -46,6 +47,25 @@ class FileOut(Answer):
     modified_at: datetime = Field(validation_alias="modified")
 
 
+class WorkspaceOut(Answer):
+    """A workspace, of the tenant or of one user. `files` counts folders too, `size` is in bytes.
+
+    Both are null where there are too many files to count in one answer.
+    """
+
+    name: str
+    user_id: UUID | None
+    files: int | None
+    size: int | None
+
+
+class WorkspacesOut(Answer):
+    """A page of workspaces: the tenant's own first, then those of its users."""
+
+    items: list[WorkspaceOut]
+    next_cursor: str | None
+
+
 class FilesOut(Answer):
     """A page of files, sorted by path."""
 
@@ -53,7 +73,27 @@ class FilesOut(Answer):
     next_cursor: str | None
 
 
-@router.put("/files/{path:path}", summary="Write a file", responses=responses(401, 403, 408, 409, 413, 422, 429))
+@router.get("", summary="List workspaces", responses=responses(401, 403, 422))
+async def list_workspaces(
+    caller: Reader, store: TheStore, page: Annotated[Paging, Depends(paging("workspaces"))]
+) -> WorkspacesOut:
+    """With what lies in each now. Those of a user are of servers with `isolation: user`."""
+    found = await store.list_workspaces(caller.tenant_id, limit=page.limit, after=page.position or "")
+    items = [WorkspaceOut.model_validate(workspace) for workspace in found]
+    return WorkspacesOut(items=items, next_cursor=page.next_cursor(found, lambda workspace: workspace.position))
+
+
+@router.delete("/{name}", status_code=204, summary="Delete a workspace", responses=responses(401, 403, 404, 409, 422))
+async def delete_workspace(
+    name: str, caller: Writer, database: TheDatabase, store: TheStore, user_id: UUID | None = None
+) -> None:
+    """With all files in it, for good; with `user_id`, that user's. Servers that work in it are started anew."""
+    await store.remove(
+        caller.tenant_id, name, user_id=user_id, recorded=_removal_recorded(database, caller, name, user_id)
+    )
+
+
+@router.put("/{name}/files/{path:path}", summary="Write a file", responses=responses(401, 403, 408, 409, 413, 422, 429))
 async def write_file(
     request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
 ) -> FileOut:
@@ -72,7 +112,7 @@ async def write_file(
     return FileOut.model_validate(file)
 
 
-@router.get("/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
+@router.get("/{name}/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
 async def read_file(
     name: str, path: str, caller: Reader, database: TheDatabase, store: TheStore, keyring: TheKeyring
 ) -> StreamingResponse:
@@ -84,7 +124,7 @@ async def read_file(
     return StreamingResponse(download.content, media_type=download.media_type, headers=headers)
 
 
-@router.get("/files", summary="List files", responses=responses(401, 403, 404, 422))
+@router.get("/{name}/files", summary="List files", responses=responses(401, 403, 404, 422))
 async def list_files(
     name: str,
     caller: Reader,
@@ -98,7 +138,7 @@ async def list_files(
 
 
 @router.delete(
-    "/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 409, 422)
+    "/{name}/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 409, 422)
 )
 async def delete_file(
     name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
@@ -106,6 +146,16 @@ async def delete_file(
     """For good."""
     act = _Act(EventType.WORKSPACE_FILE_DELETED, caller, workspace=name, path=path)
     await store.delete(caller.tenant_id, name, path=path, recorded=_recorded(database, keyring, act))
+
+
+@asynccontextmanager
+async def _removal_recorded(database: Database, caller: Caller, name: str, user_id: UUID | None) -> AsyncIterator[None]:
+    async with database.transaction(caller.tenant_id) as session:
+        await repository.bump_generation(session, caller.tenant_id)  # live servers end by it
+        data = {"workspace": name, "user_id": user_id}
+        event = Event(EventType.WORKSPACE_DELETED, actor_id=caller.user_id, data=data)
+        await audit.append(session, caller.tenant_id, event)
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""What a query and its run are held to: the sections `limits` and `input` of a policy."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from app.policies.patterns import compile_pattern
+from app.policies.sections import Expressions, Rate, Section
+
+Preset = Literal["strict", "balanced", "off"]
+# From the loosest to the strictest.
+PRESETS: Final[tuple[Preset, ...]] = ("off", "balanced", "strict")
+# Characters a query may have where the policy says nothing; the guide's number for `strict`.
+_MAX_LENGTH: Final[dict[Preset, int]] = {"strict": 1_000, "balanced": 4_000, "off": 20_000}
+# Instructions of all patterns times characters of a query. The worst patterns take 5 to 8 ns for each on ASCII and
+# 23 ns on the widest characters, so that a screening, of a text and of its plain form, ends within a second; an
+# ordinary one takes microseconds.
+MAX_MATCHING: Final = 20_000_000
+# A shorter query counts as one of these: the patterns have to be compiled for it all the same.
+_SHORTEST: Final = 1_000
+
+
+class RunLimits(Section):
+    """What one run, and one user's requests, are bounded by."""
+
+    max_steps: int = Field(default=20, ge=1, le=100)
+    """Model turns of one run."""
+    timeout_s: int = Field(default=300, ge=1, le=3600)
+    """Seconds of one run."""
+    max_tool_calls: int = Field(default=10, ge=1, le=1000)
+    """Tool calls of one run, denied ones included."""
+    requests: Rate = "10/minute"
+    """Queries of one user in a moving window: a number and `second`, `minute`, `hour` or `day`."""
+
+
+class InputRules(Section):
+    """How queries are screened; without `max_length` (characters) the preset's own holds."""
+
+    preset: Preset = "balanced"
+    """How strictly queries are screened by rules of the platform."""
+    max_length: int | None = Field(default=None, ge=1, le=100_000)
+    """Characters of a query; without it the preset's own: strict 1,000, balanced 4,000, off 20,000."""
+    block: Expressions = ()
+    """Regular expressions (RE2) that refuse a query."""
+    flag: Expressions = ()
+    """Regular expressions (RE2) that only leave a note in the record."""
+
+    @property
+    def longest(self) -> int:
+        """The characters that a query may have."""
+        return longest(self.preset, self.max_length)
+
+    @field_validator("block", "flag")
+    @classmethod
+    def _affordable(cls, patterns: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Told once, at the key that passes the bound; keys that are at fault themselves are not there to count."""
+        before = info.data.get("block", ())
+        characters = longest(info.data.get("preset", "balanced"), info.data.get("max_length"))
+        if patterns and (fault := matching_fault((*before, *patterns), characters)):
+            raise ValueError(fault)
+        return patterns
+
+
+def longest(preset: Preset, max_length: int | None) -> int:
+    """The characters that a query may have under this preset, where nothing or `max_length` is said."""
+    return max_length or _MAX_LENGTH[preset]
+
+
+def matching_fault(patterns: tuple[str, ...], characters: int) -> str | None:
+    """What speaks against matching all of these patterns against one query of so many characters."""
+    allowed = MAX_MATCHING // max(characters, _SHORTEST)
+    instructions = sum(compile_pattern(pattern).programsize for pattern in patterns)
+    if instructions <= allowed:
+        return None
+    return (
+        f"the patterns of block and flag take {instructions} instructions; {allowed} are allowed for queries of that"
+        " length: simplify them, or lower max_length"
+    )
