@@ -10,13 +10,11 @@ from app.outbound.grants import Door, Proxy
 from app.policies.decision import Denial
 from app.policies.hosts import HostPort, check_url, parse_host
 from app.policies.servers.fetch import FetchServer
-from app.sandbox import runtimes
-from app.sandbox.contract import Mount, Profile
-from app.servers import lean
+from app.sandbox.contract import Profile
+from app.servers import own
 from app.servers.template import Place, Template
 
 _SERVER: Final = Path(__file__).with_name("server.py")
-_CA_FILE: Final = "/srv/ca.pem"
 # Where the server finds the relay's proxy, inside.
 PROXY: Final[HostPort] = ("127.0.0.1", 3128)
 
@@ -37,33 +35,13 @@ def doors(server: FetchServer, _secrets: Mapping[str, str]) -> Mapping[HostPort,
 
 
 def profile(server: FetchServer, place: Place) -> Profile:
-    """The server holds no list of hosts, since it is not trusted to keep to one. Without a network it only lists.
-
-    Its `ca_file` replaces certifi's authorities; the host's user of the server must be able to read it.
-    """
-    python = runtimes.python()
-    trusted = ("--ca-file", _CA_FILE) if place.ca_file else ()
-    return Profile(
-        argv=(
-            python.interpreter,
-            "-I",
-            "/srv/lean.py",
-            "/srv/server.py",
-            *("--proxy", f"http://{PROXY[0]}:{PROXY[1]}"),
-            *("--max-response-size", str(server.max_response_size)),
-            *trusted,
-        ),
-        host_uid=place.host_uid,
-        mounts=(
-            *python.mounts,
-            Mount(Path(lean.__file__), "/srv/lean.py"),
-            Mount(_SERVER, "/srv/server.py"),
-            *((Mount(place.ca_file.resolve(), _CA_FILE),) if place.ca_file else ()),
-        ),
-        files=python.files,
-        environment=python.environment,
-        network=place.network,
+    """The server holds no list of hosts, since it is not trusted to keep to one. Without a network it only lists."""
+    options = (
+        *("--proxy", f"http://{PROXY[0]}:{PROXY[1]}"),
+        *("--max-response-size", str(server.max_response_size)),
+        *(("--ca-file", own.CA_FILE) if place.ca_file else ()),
     )
+    return own.profile(_SERVER, options, place, mounts=own.trusted(place))
 
 
 TEMPLATE: Final = Template[FetchServer](profile=profile, check_call=check_call, doors=doors)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from app.policies.decision import Denial
 from app.policies.paths import check_path
 from app.policies.servers.filesystem import FilesystemServer
-from app.sandbox import runtimes
 from app.sandbox.contract import Limits, Mount, Profile, Scratch
-from app.servers import lean
+from app.servers import own
 from app.servers.template import Place, Template, Workspace
 from app.tenants import beneath
 
@@ -46,30 +46,17 @@ def profile(server: FilesystemServer, place: Place) -> Profile:
     folder = place.folder
     if folder is None and server.readonly:
         raise ValueError("there is nothing to read in an empty workspace")
-    python = runtimes.python()
-    flags = ("--readonly",) if server.readonly else ()
-    return Profile(
-        argv=(
-            python.interpreter,
-            "-I",
-            "/srv/lean.py",
-            "/srv/server.py",
-            *("--root", _WORKSPACE),
-            *("--max-file-size", str(server.max_file_size)),
-            *("--allowed-extensions", ",".join(server.allowed_extensions)),
-            *flags,
-        ),
-        host_uid=place.host_uid,
-        mounts=(
-            *python.mounts,
-            Mount(Path(lean.__file__), "/srv/lean.py"),
-            Mount(_SERVER, "/srv/server.py"),
-            Mount(Path(beneath.__file__), "/srv/beneath.py"),
-            *((Mount(folder, _WORKSPACE, writable=not server.readonly),) if folder else ()),
-        ),
+    options = (
+        *("--root", _WORKSPACE),
+        *("--max-file-size", str(server.max_file_size)),
+        *("--allowed-extensions", ",".join(server.allowed_extensions)),
+        *(("--readonly",) if server.readonly else ()),
+    )
+    shown = (Mount(folder, _WORKSPACE, writable=not server.readonly),) if folder else ()
+    program = own.profile(_SERVER, options, place, mounts=(Mount(Path(beneath.__file__), "/srv/beneath.py"), *shown))
+    return replace(
+        program,
         scratch=() if folder else (_OF_THE_RUN,),
-        files=python.files,
-        environment=python.environment,
         limits=Limits(file_bytes=server.max_file_size),
         working_directory=_WORKSPACE,
     )

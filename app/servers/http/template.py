@@ -9,8 +9,8 @@ from typing import Final
 from app.outbound.grants import Door, Reverse, is_header_value
 from app.policies.hosts import HostPort
 from app.policies.servers.http import HttpServer, secret_of
-from app.sandbox import runtimes
-from app.sandbox.contract import Mount, Profile
+from app.sandbox.contract import Profile
+from app.servers import own
 from app.servers.errors import ServerFailed
 from app.servers.template import Place, Template
 
@@ -47,22 +47,8 @@ def _filled(header: str, value: str, texts: Mapping[str, str]) -> str:
 
 def profile(server: HttpServer, place: Place) -> Profile:
     """It is told the path, and neither the host nor a header."""
-    python = runtimes.python()
     url = f"http://{DOOR[0]}:{DOOR[1]}{server.path}"
-    return Profile(
-        argv=(
-            python.interpreter,
-            "-I",
-            "/srv/server.py",
-            *("--url", url),
-            *("--timeout", str(server.timeout_s)),
-        ),
-        host_uid=place.host_uid,
-        mounts=(*python.mounts, Mount(_SERVER, "/srv/server.py")),
-        files=python.files,
-        environment=python.environment,
-        network=place.network,
-    )
+    return own.profile(_SERVER, ("--url", url, "--timeout", str(server.timeout_s)), place)
 
 
 TEMPLATE: Final = Template[HttpServer](profile=profile, secrets=secrets, doors=doors, is_ours=True)

@@ -10,9 +10,8 @@ from app.outbound.grants import Door, Forward
 from app.policies.hosts import HostPort
 from app.policies.sections import secret_name
 from app.policies.servers.postgres import PostgresServer
-from app.sandbox import runtimes
 from app.sandbox.contract import Mount, Profile
-from app.servers import lean
+from app.servers import own
 from app.servers.errors import ServerFailed
 from app.servers.postgres import dsn
 from app.servers.postgres.dsn import Dsn
@@ -20,7 +19,6 @@ from app.servers.template import Place, Template
 
 _SERVER: Final = Path(__file__).with_name("server.py")
 _PRIVILEGES: Final = Path(__file__).with_name("privileges.sql")
-_CA_FILE: Final = "/srv/ca.pem"
 # Where the server finds the relay, inside, under the name that the database's certificate is for.
 DOOR: Final[HostPort] = ("127.0.0.1", 5432)
 
@@ -37,39 +35,23 @@ def doors(server: PostgresServer, texts: Mapping[str, str]) -> Mapping[HostPort,
 
 
 def profile(server: PostgresServer, place: Place) -> Profile:
-    """It holds its own credential, in its environment, and the policy, which its role is compared with.
-
-    Its `ca_file` replaces certifi's authorities; the host's user of the server must be able to read it.
-    """
-    target, python = _target(server, place.secrets), runtimes.python()
-    return Profile(
-        argv=(
-            python.interpreter,
-            "-I",
-            "/srv/lean.py",
-            "/srv/server.py",
-            *(f"--schema={schema}" for schema in server.allowed_schemas),
-            *(f"--block={table}" for table in server.blocked_tables),
-            *(f"--connect-timeout={server.connect_timeout_s}", f"--statement-timeout={server.statement_timeout_s}"),
-            *(f"--connections={server.max_connections}", f"--rows={server.max_rows}"),
-            *(() if target.has_tls else ("--plain",)),
-            *((f"--ca-file={_CA_FILE}",) if place.ca_file else ()),
-        ),
-        host_uid=place.host_uid,
-        mounts=(
-            *python.mounts,
-            Mount(Path(lean.__file__), "/srv/lean.py"),
-            Mount(_SERVER, "/srv/server.py"),
-            Mount(_PRIVILEGES, "/srv/privileges.sql"),
-            *((Mount(place.ca_file.resolve(), _CA_FILE),) if place.ca_file else ()),
-        ),
-        files={
-            **python.files,
-            "/etc/hosts": f"{DOOR[0]} {target.host}\n",
-            "/etc/nsswitch.conf": "hosts: files\n",
-        },
-        environment={**python.environment, **_environment(target)},
-        network=place.network,
+    """It holds its own credential, in its environment, and the policy, which its role is compared with."""
+    target = _target(server, place.secrets)
+    options = (
+        *(f"--schema={schema}" for schema in server.allowed_schemas),
+        *(f"--block={table}" for table in server.blocked_tables),
+        *(f"--connect-timeout={server.connect_timeout_s}", f"--statement-timeout={server.statement_timeout_s}"),
+        *(f"--connections={server.max_connections}", f"--rows={server.max_rows}"),
+        *(() if target.has_tls else ("--plain",)),
+        *((f"--ca-file={own.CA_FILE}",) if place.ca_file else ()),
+    )
+    return own.profile(
+        _SERVER,
+        options,
+        place,
+        mounts=(Mount(_PRIVILEGES, "/srv/privileges.sql"), *own.trusted(place)),
+        files={"/etc/hosts": f"{DOOR[0]} {target.host}\n", "/etc/nsswitch.conf": "hosts: files\n"},
+        environment=_environment(target),
     )
 
 

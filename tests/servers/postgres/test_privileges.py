@@ -158,7 +158,7 @@ EXPOSURES = [
     Exposure(
         "statistics-of-expressions-as-they-once-were",  # CVE-2024-4317
         "create statistics public.of_users on lower(secret), lower(email) from public.users; analyze public.users;"
-        f" {ONCE.replace('OLD', PRESENT).replace('NEW', 'true')}; grant select on pg_stats_ext_exprs to public",
+        f" {ONCE.replace('OLD', PRESENT).replace('NEW', 'WHERE (true')}; grant select on pg_stats_ext_exprs to public",
         "select histogram_bounds::text from pg_stats_ext_exprs where tablename = 'users'",
         ("REVOKE SELECT ON TABLE pg_stats_ext_exprs FROM PUBLIC",),
         f"{ONCE.replace('OLD', 'WHERE (true').replace('NEW', PRESENT)}; drop statistics public.of_users;"
@@ -307,14 +307,14 @@ RIGHTS = [
         "",
     ),
     (
-        "create extension postgres_fdw; grant usage on foreign data wrapper postgres_fdw to reader",
-        "REVOKE USAGE ON FOREIGN DATA WRAPPER postgres_fdw FROM reader",
-        "drop extension postgres_fdw",
-    ),
-    (
         FAR + "grant usage on foreign server far to public",
         "REVOKE USAGE ON FOREIGN SERVER far FROM PUBLIC",
         "drop extension postgres_fdw cascade",
+    ),
+    (
+        "grant usage on foreign data wrapper postgres_fdw to reader",
+        "REVOKE USAGE ON FOREIGN DATA WRAPPER postgres_fdw FROM reader",
+        "",
     ),
     (
         f"create language unlimited handler plpgsql_call_handler; {ANY_CODE}",
