@@ -94,7 +94,7 @@ browser:
 
 # More workers than the two processors of a small machine, since much is waited for.
 test: $(TOOLS) browser  ## Run the tests, with samples of the long ones
-	@exec $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not long'
+	@exec $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
 SEED ?= $(shell date -u +%Y%m%d)

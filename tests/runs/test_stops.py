@@ -62,6 +62,13 @@ class Flight:
         return run
 
 
+async def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if holds():
+            return
+        await asyncio.sleep(0.05)
+
+
 async def take_off(slow: Slow, *, tenant: Tenant | None = None) -> Flight:
     tenant = tenant or await slow.service.new_tenant(policy=DEFAULT_MODEL_POLICY, files={"note.md": "hello"})
     auditor, _, _ = await slow.service.new_user(tenant.id, "auditor")
@@ -70,6 +77,7 @@ async def take_off(slow: Slow, *, tenant: Tenant | None = None) -> Flight:
     asking = asyncio.create_task(tenant.user.ask(query))
     await asyncio.wait_for(turn.arrived.wait(), 15)
     flight = Flight(slow.service, tenant, turn, asking, auditor)
+    await _until(lambda: flight.calls() > 0)  # a thread copies the journal, after the fact
     assert flight.calls() == 1
     return flight
 

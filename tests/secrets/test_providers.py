@@ -207,11 +207,12 @@ async def test_a_field_of_vault_is_read_by_version(server: VaultServer) -> None:
 async def test_a_token_that_travels_in_the_clear_passes_no_proxy(
     server: VaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server.put("mcp-use/plain", openai_key="some-text")
+    provider = Vault(server.url, token=server.token())
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(requests.exceptions.ProxyError):  # the control: the environment is asked otherwise
         await asyncio.to_thread(requests.get, server.url, timeout=5)
-    server.put("mcp-use/plain", openai_key="some-text")
-    assert await Vault(server.url, token=server.token()).read(at_vault("mcp-use/plain")) == "some-text"
+    assert await provider.read(at_vault("mcp-use/plain")) == "some-text"
 
 
 async def test_a_token_reads_what_its_policy_says_and_while_it_lives(server: VaultServer, tmp_path: Path) -> None:
