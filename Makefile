@@ -71,8 +71,11 @@ $(TOOLS):
 
 # The command from any folder; it works in the checkout, where .env and .bulkhead are.
 $(BIN)/bulkhead: $(RUNTIME)
-	@printf '%s\n' '#!/bin/sh' 'cd "$$(dirname "$$(readlink -f "$$0")")/../.." || exit' \
-	  'exec $(BIN)/python -m app.cli "$$@"' > $@
+	@printf '%s\n' '#!/bin/sh' 'home="$$(dirname "$$(readlink -f "$$0")")/../.."' \
+	  '# What it is given to read is where it was called; all else is in the checkout.' \
+	  '[ "$$1" = policy ] || cd "$$home" || exit' \
+	  'export PYTHONPATH="$$home"' \
+	  'exec "$$home/$(BIN)/python" -m app.cli "$$@"' > $@
 	chmod +x $@
 
 up: $(BIN)/bulkhead  ## Start everything on this machine, with two demo tenants; Ctrl-C stops it
@@ -94,7 +97,7 @@ browser:
 
 # More workers than the two processors of a small machine, since much is waited for.
 test: $(TOOLS) browser  ## Run the tests, with samples of the long ones
-	@exec $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder -m 'not long'
+	@exec $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
 SEED ?= $(shell date -u +%Y%m%d)

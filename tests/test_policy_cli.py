@@ -113,7 +113,7 @@ async def test_a_dry_run_and_an_explanation(run: Run, tenant: Tenant, tmp_path: 
         (("diff", "absent.yaml"), {}, 2, "cannot be read"),
         (("diff", "1"), {"BULKHEAD_URL": "http://127.0.0.1:1"}, 2, "cannot be asked"),
         (("diff", "1"), {"BULKHEAD_URL": "nonsense"}, 2, "cannot be asked"),
-        (("diff", "1"), {"BULKHEAD_API_KEY": None}, 2, "BULKHEAD_API_KEY"),
+        (("diff", "1"), {"BULKHEAD_API_KEY": None}, 2, "BULKHEAD_ADMIN_KEY"),
         (("diff", "1"), {"BULKHEAD_API_KEY": "bh_wrong"}, 2, "unauthenticated"),
         (("diff", "1"), {"BULKHEAD_API_KEY": "a\nb"}, 2, ""),
         (("backtest", "1", "--since", "yesterday"), {}, 1, "/body/since"),

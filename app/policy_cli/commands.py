@@ -21,7 +21,12 @@ policy: Final = typer.Typer(no_args_is_help=True, help="Policies: check, compare
 Url = Annotated[str | None, typer.Option(envvar="BULKHEAD_URL", help="Where the service is.")]
 Key = Annotated[
     str | None,
-    typer.Option("--api-key", envvar="BULKHEAD_API_KEY", hidden=True, help="Others may see it on a command line."),
+    typer.Option(
+        "--api-key",
+        envvar=["BULKHEAD_ADMIN_KEY", "BULKHEAD_API_KEY"],
+        hidden=True,
+        help="Others may see it on a command line.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The service's answer as it is.")]
 Source = Annotated[str, typer.Argument(help="A version, `published`, or a file, which is stored as a draft.")]

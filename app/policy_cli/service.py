@@ -122,7 +122,7 @@ def read_text(path: Path) -> str:
 def connected(url: str | None, key: str | None) -> Iterator[Service]:
     """The service at this URL, asked with this key."""
     if not url or not key:
-        raise Stopped(2, "Say where the service is and who asks: set BULKHEAD_URL (or --url) and BULKHEAD_API_KEY.")
+        raise Stopped(2, "Export BULKHEAD_URL (or give --url) and BULKHEAD_ADMIN_KEY: where it is, and who asks.")
     try:
         client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT_S)
     except (httpx.InvalidURL, ValueError):
