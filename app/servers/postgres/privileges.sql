@@ -22,7 +22,9 @@ schemas as (
 blocked as (
   select c.oid from pg_class c join schemas n on n.oid = c.relnamespace, policy, unnest(policy.tables) as entry
   where c.relkind in ('r', 'p', 'v', 'm', 'f')
-    and (lower(entry) = lower(n.nspname || '.' || c.relname) or lower(entry) = lower(c.relname) and not n.is_system)
+    -- A name's own collation knows the letters A to Z alone.
+    and (lower(entry) = lower((n.nspname || '.' || c.relname) collate "default")
+      or lower(entry) = lower(c.relname collate "default") and not n.is_system)
 ),
 below as (select oid from blocked union select i.inhrelid from below b join pg_inherits i on i.inhparent = b.oid),
 above as (select oid from blocked union select i.inhparent from above a join pg_inherits i on i.inhrelid = a.oid),
@@ -70,9 +72,8 @@ excess_relations as (
   where g.oid in (select oid from forbidden)
     or g.is_grantable
     or not g.is_system and (g.privilege_type <> 'SELECT' or not g.is_allowed)
-    or g.is_system and (g.grantee, g.privilege_type) not in (
-      select i.grantee, i.privilege_type from initial i
-      where i.classoid = 'pg_class'::regclass and i.objoid = g.oid and i.objsubid = g.attnum)
+    or g.is_system and (g.oid, g.attnum, g.grantee, g.privilege_type) not in (
+      select i.objoid, i.objsubid, i.grantee, i.privilege_type from initial i where i.classoid = 'pg_class'::regclass)
 ),
 -- A routine, and what it calls whoever calls it: an aggregate's functions are its owner's to call.
 bodies (oid, body) as (
@@ -114,8 +115,8 @@ risks (oid, risk) as (
   from pg_proc p join pg_namespace n on n.oid = p.pronamespace and n.nspname in ('pg_catalog', 'information_schema')
     join pg_init_privs i on i.classoid = 'pg_proc'::regclass and i.objoid = p.oid
     cross join lateral aclexplode(p.proacl) a
-  where a.grantee in (select oid from grantees) and (a.grantee, a.privilege_type) not in (
-    select j.grantee, j.privilege_type from initial j where j.classoid = 'pg_proc'::regclass and j.objoid = p.oid)
+  where a.grantee in (select oid from grantees) and (p.oid, a.grantee, a.privilege_type) not in (
+    select j.objoid, j.grantee, j.privilege_type from initial j where j.classoid = 'pg_proc'::regclass)
 ),
 object_grants (fact, kind, object, grantee, privilege) as (
   select 'the database ' || d.datname, 'DATABASE', format('%I', d.datname), a.grantee, a.privilege_type

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 
 from app.embedded.postgres import EmbeddedPostgres
 from app.sandbox.choice import choose
-from tests.servers.postgres.ground import HOST, Database, Front, Ground, declared, make_trust, running
+from app.servers.live import LiveServer
+from tests.servers.postgres.ground import HOST, Database, Front, Ground, Weak, declared, make_trust, running
 
 # A shop: what may be read, what is blocked, and what lies elsewhere. Every value of a blocked table begins with nonce-.
 SHOP = """
@@ -36,12 +38,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgr
 
 
 @pytest.fixture(scope="session")
-async def database(cluster: EmbeddedPostgres) -> Database:
-    await Database(cluster, "postgres").run("create database shop")
+async def database(cluster: EmbeddedPostgres) -> AsyncIterator[Database]:
+    async with Database(cluster, "postgres").connected() as admin:
+        await admin.execute("create database shop")
     shop = Database(cluster, "shop")
     await shop.run(SHOP)
     await shop.fit("reader", declared())
-    return shop
+    yield shop
+    await shop.close()
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +55,16 @@ async def ground(database: Database, tmp_path_factory: pytest.TempPathFactory) -
     front = Front(str(database.cluster._reachable_sockets() / ".s.PGSQL.5432"), tls)
     async with front.serving():
         yield Ground(await choose("bubblewrap"), database, front.port, ca_file, folder, tls)
+
+
+@pytest.fixture(scope="session")
+async def live(ground: Ground) -> AsyncIterator[LiveServer]:
+    """The server as it is, for the policy of the guide."""
+    async with ground.started() as live:
+        yield live
+
+
+@pytest.fixture(scope="session")
+async def weak(ground: Ground) -> AsyncIterator[Weak]:
+    async with replace(ground, can_weaken=True).started() as live:
+        yield Weak(live)

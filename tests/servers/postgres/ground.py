@@ -94,34 +94,44 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @dataclass
 class Database:
-    """A database of the cluster, as its admin."""
+    """A database of the cluster, as its admin, whose one connection is kept: a new one costs more than a statement."""
 
     cluster: EmbeddedPostgres
     name: str
+    kept: asyncpg.Connection[asyncpg.Record] | None = None
 
     @asynccontextmanager
     async def connected(
         self, user: str = "postgres", password: str = ""
     ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        connection = await asyncpg.connect(
-            host=str(self.cluster._reachable_sockets()),
-            port=5432,
-            database=self.name,
-            user=user,
-            password=password or self.cluster._password(user),
-        )
+        connection = await self._connect(user, password or self.cluster._password(user))
         try:
             yield connection
         finally:
             await connection.close()
 
+    async def _connect(self, user: str, password: str) -> asyncpg.Connection[asyncpg.Record]:
+        path = str(self.cluster._reachable_sockets())
+        return await asyncpg.connect(host=path, port=5432, database=self.name, user=user, password=password)
+
+    async def _admin(self) -> asyncpg.Connection[asyncpg.Record]:
+        if self.kept is None:
+            self.kept = await self._connect("postgres", self.cluster._password("postgres"))
+        return self.kept
+
+    async def close(self) -> None:
+        if self.kept is not None:
+            await self.kept.close()
+
     async def run(self, sql: str) -> None:
-        async with self.connected() as connection:
-            await connection.execute(sql)
+        admin = await self._admin()
+        try:
+            await admin.execute(sql)
+        finally:
+            await admin.execute("reset role; reset all")
 
     async def value(self, sql: str, *arguments: object) -> Any:
-        async with self.connected() as connection:
-            return await connection.fetchval(sql, *arguments)
+        return await (await self._admin()).fetchval(sql, *arguments)
 
     async def is_there(self, condition: str) -> bool:
         return bool(await self.value(f"select exists ({condition})"))
@@ -153,7 +163,7 @@ class Database:
 
 @dataclass
 class Ground:
-    """Starts the server; `asked` is what the relay was asked for, `off` what the server does without."""
+    """Starts the server, or one that can be weakened; `asked` is what the relay was asked for."""
 
     sandbox: ProbedSandbox
     database: Database
@@ -165,15 +175,9 @@ class Ground:
     password: str = ""
     host: str = HOST
     query: str = ""
-    off: str = ""
+    can_weaken: bool = False
     data_bytes: int = Limits().data_bytes
     asked: list[str] = field(default_factory=list)
-
-    def without(self, *off: str) -> Ground:
-        return replace(self, off=",".join(off), asked=[])
-
-    def as_role(self, role: str) -> Ground:
-        return replace(self, role=role)
 
     def journal(self) -> str:
         return (self.folder / "stderr").read_text()
@@ -187,10 +191,10 @@ class Ground:
         network = Network(channel.fileno(), tuple(template.doors(policy, texts)))
         profile = template.profile(policy, Place(UID, network=network, ca_file=self.ca_file, secrets=texts))
         profile = replace(profile, limits=replace(profile.limits, data_bytes=self.data_bytes))
-        if not self.off:
+        if not self.can_weaken:
             return profile
         script = Mount(Path(__file__).with_name("weakened.py"), "/srv/weakened.py")
-        argv = (*profile.argv[:3], "/srv/weakened.py", self.off, *profile.argv[4:])
+        argv = (*profile.argv[:3], "/srv/weakened.py", *profile.argv[4:])
         return replace(profile, argv=argv, mounts=(*profile.mounts, script))
 
     @asynccontextmanager
@@ -230,6 +234,19 @@ class Ground:
             if message["is"] == "asked":
                 self.asked.append(f"{message['host']}:{message['port']}")
                 await line.send({"do": "recorded", "seq": message["seq"]})
+
+
+@dataclass(frozen=True)
+class Weak:
+    """A server whose enforcements can be switched off (weakened.py). One for all tests: each says what it needs."""
+
+    live: LiveServer
+
+    async def without(self, *off: str, role: str = "reader", **policy: int) -> LiveServer:
+        """It itself, whole but for what is named. `policy` is in the server's own words."""
+        weakened = await self.live.call("weaken", {"off": off, "role": role, "policy": policy}, timeout_s=10)
+        assert not weakened.isError, text_of(weakened)
+        return self.live
 
 
 async def _on_loopback(host: str, port: int) -> Sequence[str]:

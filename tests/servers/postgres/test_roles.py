@@ -51,6 +51,7 @@ async def stock(database: Database) -> AsyncIterator[Database]:
         " create function peek() returns int language sql security definer as 'select 1'"
     )
     yield stock
+    await stock.close()
     await database.run("drop database stock with (force)")  # everybody may connect to it
 
 

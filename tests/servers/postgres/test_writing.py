@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 
 from app.servers.live import LiveServer
-from tests.servers.postgres.ground import Ground, query, rows, text_of
+from tests.servers.postgres.ground import Ground, Weak, query, rows, text_of
 
 
-@dataclass
+@dataclass(frozen=True)
 class Servers:
-    """One for each set of lines that are off; without its own check it logs in as a superuser."""
+    """The server as it is, and one without some lines; without its own check it logs in as a superuser."""
 
     ground: Ground
-    stack: AsyncExitStack
-    started: dict[str, LiveServer] = field(default_factory=dict)
+    live: LiveServer
+    weak: Weak
 
     async def without(self, *off: str) -> LiveServer:
-        key = ",".join(sorted(off))
-        if key not in self.started:
-            ground = self.ground.without(*off).as_role("mighty" if "role" in off else "reader")
-            self.started[key] = await self.stack.enter_async_context(ground.started())
-        return self.started[key]
+        if not off:
+            return self.live
+        return await self.weak.without(*off, role="mighty" if "role" in off else "reader")
 
 
-@pytest.fixture(scope="module")
-async def servers(ground: Ground) -> AsyncIterator[Servers]:
-    async with AsyncExitStack() as stack:
-        yield Servers(ground, stack)
+@pytest.fixture
+def servers(ground: Ground, live: LiveServer, weak: Weak) -> Servers:
+    return Servers(ground, live, weak)
 
 
 @dataclass(frozen=True)
