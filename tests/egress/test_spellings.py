@@ -51,7 +51,14 @@ async def listening(*addresses: str, port: int = 0) -> AsyncIterator[Canary]:
 
 @pytest.fixture
 async def canary() -> AsyncIterator[Canary]:
-    async with listening("127.0.0.1", "::1") as waiting:
+    async with contextlib.AsyncExitStack() as stack:
+        for attempt in range(5):
+            try:
+                waiting = await stack.enter_async_context(listening("127.0.0.1", "::1"))
+                break
+            except OSError:  # a port that is free on one of the two may be taken on the other
+                if attempt == 4:
+                    raise
         yield waiting
 
 

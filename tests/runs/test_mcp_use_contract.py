@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 import openai
 import pytest
+import structlog
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
@@ -146,7 +147,7 @@ def test_the_libraries_that_would_log_queries_are_quiet_once_logs_are_configured
     names = ("mcp_use", "mcp", "httpx", "openai")
     kept = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).level) for name in names}
     root = logging.getLogger()
-    kept_root = (root.handlers[:], root.level)
+    kept_root, ours = (root.handlers[:], root.level), structlog.get_config()
     logging.getLogger("mcp_use").addHandler(logging.StreamHandler(sys.stdout))  # as its import does
     try:
         logs.configure("debug")
@@ -154,6 +155,7 @@ def test_the_libraries_that_would_log_queries_are_quiet_once_logs_are_configured
             assert logging.getLogger(name).handlers == []
             assert not logging.getLogger(name).isEnabledFor(logging.INFO)
     finally:
+        structlog.configure(**ours)
         root.handlers[:], _ = kept_root
         root.setLevel(kept_root[1])
         for name, (handlers, level) in kept.items():

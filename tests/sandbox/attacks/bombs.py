@@ -79,12 +79,15 @@ def memory_bomb_of_many_processes(ground: Ground) -> None:
             time.sleep(9)
 
     done = os.pipe()
-    with _many(5, take):
+    with _many(5, take) as children:
         count = 0
         while count < 5:
             if not select.select([done[0]], [], [], 6)[0]:
                 raise MemoryError
             count += len(os.read(done[0], 5))
+        # One that was killed for the memory of the next has not held it beside that.
+        if any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+            raise MemoryError
 
 
 def _touch_memory(kind: int) -> None:
@@ -98,7 +101,7 @@ def _touch(memory: mmap.mmap) -> None:
 
 
 @contextmanager
-def _many(count: int, work: Callable[[], object]) -> Iterator[None]:
+def _many(count: int, work: Callable[[], object]) -> Iterator[list[int]]:
     children: list[int] = []
     try:
         for _ in range(count):
@@ -109,7 +112,7 @@ def _many(count: int, work: Callable[[], object]) -> Iterator[None]:
                 finally:
                     os._exit(0)
             children.append(child)
-        yield
+        yield children
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
