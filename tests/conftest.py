@@ -15,7 +15,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from app import migration
 from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
+from app.servers.filesystem import template
 from tests.runs.faults import ScriptedModel, scripted_model
+from tests.servers.hostile import SCRIPT
 from tests.service import Databases, Service, running_service
 
 # The embedded Postgres of a test may lose its data with the machine: speed over durability, in tests alone.
@@ -77,6 +79,14 @@ async def fresh_service(databases: Databases, tmp_path: Path) -> AsyncIterator[S
     """A service of the test's own."""
     async with running_service(databases, tmp_path) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def hostile_servers() -> Iterator[None]:
+    """The tool servers of the module's tenants are the hostile one, which does as it is told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template, "_SERVER", SCRIPT)
+        yield
 
 
 @pytest.fixture(scope="module")

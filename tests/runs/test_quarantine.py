@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
@@ -12,18 +12,11 @@ import pytest
 from app.caller import Caller
 from app.scopes import Role
 from app.servers import quarantine, tenant_servers
-from app.servers.filesystem import template
 from tests.runs.faults import ScriptedModel, assert_ended, journal
-from tests.servers.hostile import SCRIPT
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 from tests.test_docs import event_fields
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _hostile() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "_SERVER", SCRIPT)
-        yield
+pytestmark = pytest.mark.usefixtures("hostile_servers")
 
 
 @pytest.fixture(scope="module")

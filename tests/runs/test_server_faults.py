@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,11 @@ import pytest
 
 from app.sandbox.choice import ProbedSandbox
 from app.sandbox.probe import Probe
-from app.servers.filesystem import template
 from tests.runs.faults import ScriptedModel, assert_ended, assert_next_works, journal, running_run
-from tests.servers.hostile import SCRIPT, assert_gone, assert_none_but, descendants
+from tests.servers.hostile import assert_gone, assert_none_but, descendants
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _hostile() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "_SERVER", SCRIPT)
-        yield
+pytestmark = pytest.mark.usefixtures("hostile_servers")
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
-from app.servers.filesystem import template
 from tests.runs.faults import ScriptedModel, assert_ended
-from tests.servers.hostile import SCRIPT
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
+
+pytestmark = pytest.mark.usefixtures("hostile_servers")
 
 _DENIED = "docs__act7"
 _POLICY = DEFAULT_MODEL_POLICY.replace('allow: ["docs__*"]', f'allow: ["docs__*"], deny: [{_DENIED}], search_above: 10')
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hostile() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "_SERVER", SCRIPT)
-        yield
 
 
 @pytest.fixture(scope="module")
