@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: up down reset test test-long browser check bench lock help anew
+.PHONY: up down reset test test-long packages browser monitoring check bench lock help anew
 
 BIN := .venv/bin
 
@@ -95,9 +95,30 @@ browser:
 	then exit 0; fi
 	echo 'There is no headless browser here, so its tests are skipped. To run them: apt-get install $(BROWSER)'
 
+# Unpacked into the checkout, since both would be started as daemons if they were installed. Debian's Alertmanager has
+# the path of its templates built in, so these alone go where they belong.
+MONITORING := prometheus prometheus-alertmanager
+UNPACKED := .venv/debian
+TEMPLATES := /usr/share/prometheus/alertmanager
+monitoring:
+	@export PATH="$$PATH:$(UNPACKED)/usr/bin"
+	if command -v prometheus promtool prometheus-alertmanager > /dev/null && [ -e $(TEMPLATES)/default.tmpl ]; then exit 0; fi
+	download() { apt-get download -qq -o APT::Sandbox::User=root $(MONITORING) 2> /dev/null; }
+	if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && rm -rf $(UNPACKED).new && mkdir -p $(UNPACKED).new && \
+	  ( cd $(UNPACKED).new && { download || { apt-get update -qq && download; }; } )
+	then
+	  for package in $(UNPACKED).new/*.deb; do dpkg-deb -x "$$package" $(UNPACKED).new; done
+	  rm -rf $(UNPACKED).new/*.deb $(UNPACKED) && mv $(UNPACKED).new $(UNPACKED)
+	  mkdir -p $(TEMPLATES) && cp $(UNPACKED)$(TEMPLATES)/*.tmpl $(TEMPLATES)
+	  exit 0
+	fi
+	echo 'There is no Prometheus here, so its tests are skipped. To run them: apt-get install $(MONITORING)'
+
+packages: browser monitoring
+
 # More workers than the two processors of a small machine, since much is waited for.
-test: $(TOOLS) browser  ## Run the tests, with samples of the long ones
-	@exec $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not long'
+test: $(TOOLS) packages  ## Run the tests, with samples of the long ones
+	@exec $(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
 SEED ?= $(shell date -u +%Y%m%d)

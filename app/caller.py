@@ -17,7 +17,7 @@ class Caller:
     """An authenticated user, the credential used, and what it may do.
 
     `key_id` is None for a caller who came with a token. `generation` is the tenant's at this moment: a cache
-    entry made under another one is stale.
+    entry made under another one is stale. `key_rate` bounds the queries with this key, such as "10/minute".
     """
 
     tenant_id: UUID
@@ -26,6 +26,7 @@ class Caller:
     scopes: frozenset[Scope]
     generation: int
     key_id: UUID | None = None
+    key_rate: str | None = None
 
     @property
     def is_platform_admin(self) -> bool:

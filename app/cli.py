@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import migration
+from app.audit_cli.commands import audit
 from app.db import Database, DatabaseUrls, create_engine, database_urls
 from app.embedded.bootstrap import bootstrap as bootstrap_platform
 from app.embedded.demo import ENV_FILE, read_env
@@ -64,13 +65,15 @@ cli.add_typer(admin, name="admin")
 cli.add_typer(db, name="db")
 cli.add_typer(sandbox, name="sandbox")
 cli.add_typer(policy, name="policy")
+cli.add_typer(audit, name="audit")
 cli.add_typer(servers, name="servers")
 
 
 def main() -> None:
     """Run the command; an error of ours is one line, not a traceback."""
+    logs.configure("warning", stream="stderr")  # what a command prints is for whoever called it, and unmixed
     try:
-        cli()
+        cli(obj=_settings)  # for the commands that are elsewhere
     except AppError as error:
         print(f"bulkhead: {error.detail}", file=sys.stderr)
         sys.exit(1)
@@ -91,11 +94,18 @@ def _settings() -> Settings:
         raise ConfigurationError(f"The settings are not valid: {error}.") from None
 
 
+def _log_as(settings: Settings) -> None:
+    try:
+        logs.configure(settings.log_level, file=settings.log_file)
+    except OSError as error:
+        raise ConfigurationError(f"BULKHEAD_LOG_FILE cannot be written: {error.strerror}.") from None
+
+
 @cli.command()
 def up() -> None:
     """Start everything on this machine, with two demo tenants; Ctrl-C stops it."""
     settings = _settings()
-    logs.configure(settings.log_level)
+    _log_as(settings)
     machine = Machine(settings)
     with interruptible(), machine.held(), bound(settings.host, settings.port) as listener:
         settings = machine.settings(settings)
@@ -126,7 +136,7 @@ async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls, listener
 def serve() -> None:
     """Serve on the configured database; migrations and the first admin are there already."""
     settings = _settings()
-    logs.configure(settings.log_level)
+    _log_as(settings)
     urls = _urls(settings)
     with interruptible(), bound(settings.host, settings.port) as listener, _database_explained():
         uvloop.run(until_interrupted(_serve(settings, urls, listener)))
@@ -243,7 +253,7 @@ async def _bootstrap(owner_url: str, keyring: Keyring) -> str:
 
 @db.command()
 def roles(prefix: str = "bulkhead") -> None:
-    """Print the SQL that makes the three roles and the database, for an admin of Postgres to run."""
+    """Print the SQL that makes the four roles and the database, for an admin of Postgres to run."""
     print("\n".join(role_statements(prefix)))
 
 
@@ -317,7 +327,7 @@ def _database_explained() -> Iterator[None]:
 def _owner_urls(settings: Settings) -> DatabaseUrls:
     urls = database_urls(settings)
     if urls is None or urls.owner is None:
-        names = ", ".join(f"BULKHEAD_DATABASE_{role}_URL" for role in ("OWNER", "APP", "PLATFORM"))
+        names = ", ".join(f"BULKHEAD_DATABASE_{role}_URL" for role in ("OWNER", "APP", "PLATFORM", "SEALER"))
         raise ConfigurationError(f"Set {names}: this is done as the owner role.")
     return urls
 
@@ -325,7 +335,8 @@ def _owner_urls(settings: Settings) -> DatabaseUrls:
 def _urls(settings: Settings) -> DatabaseUrls:
     urls = database_urls(settings)
     if urls is None:
-        raise ConfigurationError("Set BULKHEAD_DATABASE_APP_URL and BULKHEAD_DATABASE_PLATFORM_URL.")
+        names = ", ".join(f"BULKHEAD_DATABASE_{role}_URL" for role in ("APP", "PLATFORM", "SEALER"))
+        raise ConfigurationError(f"Set {names}.")
     return urls
 
 

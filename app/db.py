@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -14,9 +14,12 @@ from sqlalchemy import DateTime, MetaData, Table, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.pool import QueuePool
 
 from app.errors import ConfigurationError
 from app.settings import Settings
+from app.telemetry import traces
+from app.telemetry.traces import Span
 
 _PORT: Final = 5432
 _SET_TENANT = text("select set_config('app.tenant_id', :tenant_id, true)")
@@ -24,11 +27,12 @@ _SET_TENANT = text("select set_config('app.tenant_id', :tenant_id, true)")
 
 @dataclass(frozen=True, slots=True)
 class DatabaseUrls:
-    """The same database as three roles sees it; only migrations need the owner."""
+    """The same database as four roles see it; only migrations need the owner."""
 
     owner: str | None = field(repr=False)
     app: str = field(repr=False)
     platform: str = field(repr=False)
+    sealer: str = field(repr=False)
 
     @property
     def app_role(self) -> str:
@@ -40,12 +44,17 @@ class DatabaseUrls:
         """The role with policies of its own on named tables."""
         return make_url(self.platform).username or ""
 
+    @property
+    def sealer_role(self) -> str:
+        """The role that chains audit events, and is given nothing else."""
+        return make_url(self.sealer).username or ""
+
     def places(self) -> list[tuple[str, int]]:
         """Every host and port that some role connects to. Raise ConfigurationError for a URL that names none.
 
         A unix socket is no such place: no tool server sees one.
         """
-        urls = filter(None, (self.owner, self.app, self.platform))
+        urls = filter(None, (self.owner, self.app, self.platform, self.sealer))
         return list(dict.fromkeys(place for url in urls for place in _places(url)))
 
 
@@ -68,15 +77,19 @@ def _listed(told: Any) -> list[Any]:
 
 def database_urls(settings: Settings) -> DatabaseUrls | None:
     """The configured URLs, or None where the embedded Postgres is to be used."""
-    app, platform, owner = (
+    owner = settings.database_owner_url
+    app, platform, sealer = (
         settings.database_app_url,
         settings.database_platform_url,
-        settings.database_owner_url,
+        settings.database_sealer_url,
     )
-    if app is None or platform is None:
+    if app is None or platform is None or sealer is None:
         return None
     return DatabaseUrls(
-        owner.get_secret_value() if owner else None, app.get_secret_value(), platform.get_secret_value()
+        owner.get_secret_value() if owner else None,
+        app.get_secret_value(),
+        platform.get_secret_value(),
+        sealer.get_secret_value(),
     )
 
 
@@ -118,6 +131,19 @@ def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
     )
 
 
+def connections(engine: AsyncEngine) -> tuple[int, int]:
+    """How many are in use, and how many there may be."""
+    pool = engine.pool
+    return (pool.checkedout(), pool.size()) if isinstance(pool, QueuePool) else (0, 0)
+
+
+def in_trace(role: str) -> AbstractContextManager[Span]:
+    """The span of a transaction as `role`, from the wait for a connection to the commit; no statement is in it."""
+    return traces.span(
+        f"{role} transaction", {"db.system.name": "postgresql", "db.operation.name": "transaction"}, kind="client"
+    )
+
+
 class Database:
     """Transactions of the app role, each of which sees one tenant and nothing else."""
 
@@ -127,12 +153,18 @@ class Database:
     @asynccontextmanager
     async def transaction(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
         """Commit at the end of the block, roll back where it raises."""
-        async with (
-            AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
-            session.begin(),
-        ):
-            await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
-            yield session
+        with in_trace("app"):
+            async with (
+                AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
+                session.begin(),
+            ):
+                await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
+                yield session
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """How many are in use, and how many there may be."""
+        return connections(self._engine)
 
     async def ping(self) -> None:
         """Raise what the driver raises where the database does not answer."""

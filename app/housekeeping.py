@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.audit.outbox import Outbox
 from app.auth.service import Authenticator
 from app.idempotency import once
 from app.platform_db import PlatformDatabase
@@ -22,13 +23,20 @@ _ROUNDS_AN_HOUR: Final = 3_600 // _EVERY_S
 _ROUNDS_A_DAY: Final = 86_400 // _EVERY_S
 
 
-async def keep_house(pool: ServerPool, authenticator: Authenticator, platform: PlatformDatabase) -> None:
-    """Until cancelled: end idle servers, measure the others, record counted refusals; by the hour forget old
-    idempotency keys, by the day make the months' partitions.
+async def keep_house(
+    pool: ServerPool,
+    authenticator: Authenticator,
+    platform: PlatformDatabase,
+    outbox: Outbox,
+    *more: Callable[[], Awaitable[object]],
+) -> None:
+    """Until cancelled: end idle servers, measure the others, record counted refusals, and do what `more` does; by the
+    hour forget old idempotency keys, by the day make the months' partitions.
 
     A chore that fails stops neither the others nor its own next time.
     """
-    always = (partial(_evict, pool), pool.measure, authenticator.flush_failures)
+    records = (authenticator.flush_failures, authenticator.flush_uses, outbox.flush)
+    always = (partial(_evict, pool), pool.measure, *records, *more)
     rounds = 0
     while True:
         daily = (partial(_make_partitions, platform),) if rounds % _ROUNDS_A_DAY == 0 else ()

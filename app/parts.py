@@ -5,23 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
+
 from app.audit.aggregate import MinuteCounts
+from app.audit.heads import HeadFile
+from app.audit.outbox import Outbox
+from app.audit.retention import Retention
+from app.audit.sealer import Sealer
+from app.audit.signing import Signers
 from app.auth import jwks
 from app.auth.service import Authenticator
 from app.cursors import Cursors
 from app.db import Database, DatabaseUrls, create_engine
 from app.errors import ConfigurationError
 from app.keyring import Keyring
-from app.limits.rates import RateLimiter
+from app.limits.admission import Admission
+from app.limits.attempts import Attempts
+from app.limits.queue import RunQueue
+from app.limits.rates import TIMEOUT_S, RateLimiter
+from app.limits.shared import SharedWindows
 from app.model_endpoints.following import StoredModels
 from app.outbound import catalogue
 from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
 from app.outbound.client import fetch, outbound_client
+from app.outbound.prices import micro_usd
 from app.platform_db import PlatformDatabase
 from app.policies.caps import Caps
 from app.policies.turns import Turns
 from app.policies.versions import PolicyCache
 from app.runs.backtests import Backtests
+from app.runs.budgets import Budgets
 from app.runs.chats import Chats
 from app.runs.executor import Executor
 from app.runs.journal import Journal
@@ -46,6 +59,9 @@ from app.servers.relay import EgressRelay
 from app.servers.starting import Premises, Starter
 from app.servers.tenant_servers import TenantServers
 from app.settings import Settings, tenants_variables
+from app.telemetry.traces import Off, Tracer, headers
+from app.tenants.discarding import Discarding
+from app.tenants.forgetting import Forgetting
 from app.tenants.images import Size
 from app.tenants.volumes import Volumes
 from app.tenants.workspaces import WorkspaceStore
@@ -62,7 +78,6 @@ def build(
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
     # Connections of its own: a flood of credentials to look up must not hold up what stops runs.
     watching = PlatformDatabase(create_engine(urls.platform, pool_size=2))
-    caps = Caps(settings.policy_max_steps, settings.policy_max_timeout_s, settings.policy_max_tool_calls)
     allow_loopback = settings.model_loopback or rehearsal is not None
     outbound = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
     # The demo's model is on loopback; the key sets that tenants name never are, unless an operator says so.
@@ -74,11 +89,18 @@ def build(
     egress = _build_egress(settings, urls, relay, database, keyring)
     identities = Identities(keyring, settings.public_url)
     serving = _build_servers(settings, database, sandbox, egress, redact, identities, secrets)
-    chats = Chats(models, outbound, timeout_s=settings.model_timeout_s, retries=settings.model_retries)
+    chats = _build_chats(settings, models, outbound)
+    runs = _build_runs(settings, database, watching, keyring, chats, serving, redact, budgets=Budgets(database, models))
+    policies = _build_policies(settings, database)
     return {
         **serving,
-        **_build_runs(settings, database, watching, keyring, chats, serving, redact),
+        **_build_sealing(settings, urls, keyring, database),
+        **_build_limits(settings, database, platform),
+        **runs,
+        **policies,
+        "remembered": Forgetting(watching, policies["policies"], runs["executor"], secrets),
         "settings": settings,
+        "tracer": _build_tracer(settings),
         "secrets": secrets,
         "relay": relay,
         "cgroups": NoCgroups("nothing has been started yet"),
@@ -86,6 +108,8 @@ def build(
         "sandbox": sandbox,
         "database": database,
         "platform": platform,
+        "outbox": Outbox(watching),
+        "refusals": MinuteCounts(),
         "watching": watching,
         "keyring": keyring,
         "identities": identities,
@@ -93,13 +117,27 @@ def build(
         "outbound": (outbound, key_client),
         "catalogue": models,
         "stored_models": StoredModels(platform=watching, keyring=keyring, catalogue=models, conceal=redact.learn),
-        "caps": caps,
-        "policies": PolicyCache(database, caps),
-        "turns": Turns(),
-        "rate_limiter": RateLimiter(),
-        "rate_refusals": MinuteCounts(),
         "authenticator": Authenticator(database=database, platform=platform, keyring=keyring, remote_keys=remote_keys),
     }
+
+
+def _build_policies(settings: Settings, database: Database) -> dict[str, Any]:
+    caps = _caps(settings)
+    return {"caps": caps, "policies": PolicyCache(database, caps), "turns": Turns()}
+
+
+def _caps(settings: Settings) -> Caps:
+    cost = settings.policy_max_cost_usd_per_day
+    return Caps(
+        settings.policy_max_steps,
+        settings.policy_max_timeout_s,
+        settings.policy_max_tool_calls,
+        settings.policy_max_concurrent_runs,
+        settings.policy_max_user_concurrent_runs,
+        settings.policy_max_tokens_per_day,
+        None if cost is None else micro_usd(cost),
+        settings.policy_max_tool_calls_per_day,
+    )
 
 
 def _check_settings(settings: Settings, models: ModelCatalogue) -> None:
@@ -107,6 +145,17 @@ def _check_settings(settings: Settings, models: ModelCatalogue) -> None:
         raise ConfigurationError("There is no model: set BULKHEAD_MODEL_API_KEY, or start the demo with `make up`.")
     if unknown := sorted(settings.egress_private_networks.keys() - templates.names()):
         raise ConfigurationError(f"BULKHEAD_EGRESS_PRIVATE_NETWORKS: there is no template {', '.join(unknown)}.")
+
+
+def _build_limits(settings: Settings, database: Database, platform: PlatformDatabase) -> dict[str, Any]:
+    url = settings.limits_url
+    shared = SharedWindows(url.get_secret_value(), timeout_s=50 * TIMEOUT_S) if url else None
+    limiter = RateLimiter(shared, replicas=settings.replicas)
+    return {
+        "rate_limiter": limiter,
+        "admission": Admission(limiter, database, api_rate=settings.api_rate),
+        "gate": Attempts(limiter, platform, address_rate=settings.address_rate),
+    }
 
 
 def _build_egress(
@@ -190,7 +239,8 @@ def _build_servers(
     wait_s = settings.server_start_timeout_s
     servers = TenantServers(database=database, starter=starter, pool=pool, wait_s=wait_s, redact=redact.for_tenant)
     offers = ServerOffers(data_dir, settings.server_catalogue)
-    return {"workspaces": workspaces, "pool": pool, "starter": starter, "servers": servers, "offers": offers}
+    erasing = {"discard": Discarding(data_dir / "workspaces", volumes), "forgetting": (starter.forget,)}
+    return {**erasing, "workspaces": workspaces, "pool": pool, "starter": starter, "servers": servers, "offers": offers}
 
 
 def _build_runs(
@@ -201,6 +251,8 @@ def _build_runs(
     chats: Chats,
     serving: Mapping[str, Any],
     redact: Redactor,
+    *,
+    budgets: Budgets,
 ) -> dict[str, Any]:
     journal = Journal(database)
     executor = Executor(
@@ -211,12 +263,56 @@ def _build_runs(
         tool_timeout_s=settings.tool_timeout_s,
     )
     lease_s = settings.run_lease_s
-    runs = RunService(database=database, keyring=keyring, journal=journal, executor=executor, lease_s=lease_s)
+    queue = RunQueue(
+        places=settings.runs_max,
+        waiting=settings.queue_max,
+        waiting_of_a_tenant=settings.queue_per_tenant,
+        wait_s=settings.queue_wait_s,
+    )
+    runs = RunService(
+        database=database,
+        keyring=keyring,
+        journal=journal,
+        executor=executor,
+        queue=queue,
+        budgets=budgets,
+        lease_s=lease_s,
+    )
     watch = Watch(
         platform=watching, executor=executor, pool=serving["pool"], every_s=settings.run_watch_s, lease_s=lease_s
     )
     backtests = Backtests(database=database, keyring=keyring)
-    return {"runs": runs, "watch": watch, "backtests": backtests}
+    return {"executor": executor, "runs": runs, "watch": watch, "backtests": backtests}
+
+
+def _build_sealing(settings: Settings, urls: DatabaseUrls, keyring: Keyring, database: Database) -> dict[str, Any]:
+    sealing = Database(create_engine(urls.sealer, pool_size=4))
+    own = settings.audit_keys
+    signers = Signers(Keyring.parse(own.get_secret_value()) if own else keyring)
+    heads = HeadFile(sealing, settings.audit_heads_file, keys=signers.public, every_s=settings.audit_heads_s)
+    sealer = Sealer(sealing, signers, every_s=settings.audit_seal_s)
+    days = settings.audit_retention_days
+    retention = Retention(sealing=sealing, database=database, signers=signers, days=days)
+    return {"sealer": sealer, "signers": signers, "head_file": heads, "retention": retention}
+
+
+def _build_chats(settings: Settings, models: ModelCatalogue, client: httpx.AsyncClient) -> Chats:
+    timeout_s, retries = settings.model_timeout_s, settings.model_retries
+    return Chats(models, client, timeout_s=timeout_s, retries=retries, traced=settings.trace_models)
+
+
+def _build_tracer(settings: Settings) -> Tracer:
+    if settings.otlp_endpoint is None:
+        return Off()
+    from app.telemetry.otlp import OtlpTracer  # noqa: PLC0415  the SDK, which a service without traces does not load
+
+    return OtlpTracer(
+        settings.otlp_endpoint,
+        headers=headers(settings.otlp_headers.get_secret_value() if settings.otlp_headers else ""),
+        ratio=settings.trace_ratio,
+        trusts_callers=settings.trace_trust_callers,
+        with_content=settings.trace_content,
+    )
 
 
 def _keyring(settings: Settings) -> Keyring:
@@ -227,6 +323,10 @@ def _keyring(settings: Settings) -> Keyring:
 
 def _unspeakable(settings: Settings, models: ModelCatalogue) -> list[str]:
     """What no tool result may carry to a model and no stderr to an admin: our secrets, and where things lie here."""
-    own = (settings.metrics_token, settings.root_keys, settings.secrets_vault_token)
+    own = (
+        *(settings.metrics_token, settings.root_keys, settings.audit_keys, settings.secrets_vault_token),
+        settings.limits_url,
+    )
     secrets = [secret.get_secret_value() for secret in own if secret]
+    secrets += headers(settings.otlp_headers.get_secret_value() if settings.otlp_headers else "").values()
     return [*secrets, *(endpoint.api_key for endpoint in models.endpoints.values()), str(settings.data_dir.resolve())]

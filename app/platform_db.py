@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from app.db import connections, in_trace
+
 
 class PlatformDatabase:
     """Transactions of the platform role: it sees the columns and rows that its own policies name."""
@@ -17,11 +19,17 @@ class PlatformDatabase:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
         """Commit at the end of the block, roll back where it raises."""
-        async with (
-            AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
-            session.begin(),
-        ):
-            yield session
+        with in_trace("platform"):
+            async with (
+                AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
+                session.begin(),
+            ):
+                yield session
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """How many are in use, and how many there may be."""
+        return connections(self._engine)
 
     async def dispose(self) -> None:
         """Close every pooled connection."""

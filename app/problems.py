@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -66,8 +66,11 @@ def _described(description: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def install(app: FastAPI) -> None:
-    """Map every exception that leaves a route to a problem, and describe problems in OpenAPI."""
+def install(app: FastAPI, *, failed: Callable[[Request, AppError, Exception], None]) -> None:
+    """Map every exception that leaves a route to a problem, and describe problems in OpenAPI.
+
+    `failed` is told what a caller hears as 500 or 503, and of which exception.
+    """
     describe = app.openapi
     app.openapi = lambda: _described(describe())  # type: ignore[method-assign]  # FastAPI's documented way
 
@@ -75,10 +78,17 @@ def install(app: FastAPI) -> None:
     async def _app_error(request: Request, error: AppError) -> JSONResponse:
         if error.status >= 500:
             _log.warning("request.failed", code=error.code, detail=error.detail)
+        if error.status in (500, 503):
+            failed(request, error, error)
         return render(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        if not request.state.rate_headers:  # of a body that is no JSON FastAPI tells before anybody has counted
+            try:
+                request.state.rate_headers = await request.app.state.gate.count(request.state.address)
+            except RateLimitExceeded as refused:
+                return rate_limited(request, refused)
         return render(request, Invalid(faults=[_fault(item) for item in error.errors()]))
 
     @app.exception_handler(HTTPException)
@@ -91,7 +101,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RateLimitExceeded)
     async def _rate(request: Request, error: RateLimitExceeded) -> JSONResponse:
-        return render(request, _RateLimited(error))
+        return rate_limited(request, error)
+
+    _install_failures(app, failed)
+
+
+def _install_failures(app: FastAPI, failed: Callable[[Request, AppError, Exception], None]) -> None:
+    """What no part of ours has made an error of its own."""
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
@@ -100,12 +116,16 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(TimeoutError)
     async def _database(request: Request, error: Exception) -> JSONResponse:
         _log.error("database.failed", error=type(error).__name__)
-        return render(request, Unavailable("The database is not available now."))
+        problem = Unavailable("The database is not available now.")
+        failed(request, problem, error)
+        return render(request, problem)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         _log.error("request.crashed", error=type(error).__name__, exc_info=error)
-        answer = render(request, AppError())
+        problem = AppError()
+        failed(request, problem, error)
+        answer = render(request, problem)
         answer.headers.update(SECURITY_HEADERS | {"X-Request-Id": request.state.request_id})
         return answer
 
@@ -124,6 +144,12 @@ class _Http(AppError):
     def __init__(self, status: int, code: str, headers: Mapping[str, str] | None) -> None:
         super().__init__(HTTPStatus(status).description or HTTPStatus(status).phrase, headers=headers)
         self.status, self.code = status, code
+
+
+def rate_limited(request: Request, error: RateLimitExceeded) -> JSONResponse:
+    """The problem of a refusal by a rate. The refusal stays with the request, for whoever remembers it."""
+    request.state.refusal = error
+    return render(request, _RateLimited(error))
 
 
 def _from_http(error: HTTPException) -> AppError:

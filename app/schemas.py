@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, field_validator
 
+# So many requests in a moving window.
+RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
 VersionNumber = Annotated[int, Path(ge=1, le=2_147_483_647)]
 
 

@@ -35,6 +35,8 @@ class Scope(StrEnum):
     ISSUERS_READ = "issuers:read"
     ISSUERS_WRITE = "issuers:write"
     AUDIT_READ = "audit:read"
+    USAGE_READ = "usage:read"
+    USAGE_READ_ALL = "usage:read_all"
     SECRETS_READ = "secrets:read"
     SECRETS_WRITE = "secrets:write"
     SWITCHES_WRITE = "switches:write"
@@ -44,11 +46,13 @@ class Scope(StrEnum):
     TENANTS_WRITE = "tenants:write"
 
 
-_USER: Final = frozenset({Scope.RUNS_CREATE, Scope.RUNS_READ})
+_USER: Final = frozenset({Scope.RUNS_CREATE, Scope.RUNS_READ, Scope.USAGE_READ})
 _AUDITOR: Final = frozenset(
     {
         Scope.RUNS_READ,
         Scope.RUNS_READ_ALL,
+        Scope.USAGE_READ,
+        Scope.USAGE_READ_ALL,
         Scope.POLICIES_READ,
         Scope.USERS_READ,
         Scope.KEYS_READ,

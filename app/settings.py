@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
+from uuid import UUID
 
 from pydantic import Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
@@ -21,6 +22,9 @@ _SILENCED: Final = {
     "LANGCHAIN_TRACING_V2": "false",
 }
 os.environ.update(_SILENCED)
+# OpenTelemetry reads dozens of these on its own: where traces go, and what is in them, is said here alone.
+for _name in [name for name in os.environ if name.startswith("OTEL_")]:
+    del os.environ[_name]
 # What the demo writes for clients, who may have read it into the shell that starts the service.
 _OF_CLIENTS: Final = frozenset(
     f"BULKHEAD_{name}"
@@ -28,11 +32,16 @@ _OF_CLIENTS: Final = frozenset(
 )
 # Secrets of tenants that an operator keeps in the environment are named so.
 _OF_TENANTS: Final = "BULKHEAD_SECRET_"
+_RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
 
 
 def tenants_variables(prefix: str) -> Mapping[str, str]:
     """What the environment holds for tenants: the variables of this prefix, which are no settings."""
     return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
+
+
+# Above zero: nothing could run within a budget of nothing.
+_USD: Final = r"^(0\.0*[1-9][0-9]*|[1-9][0-9]{0,6}(\.[0-9]{1,6})?)$"
 
 
 class Settings(BaseSettings):
@@ -58,20 +67,32 @@ class Settings(BaseSettings):
     # How long a run goes on after its client has gone, in seconds.
     client_grace_s: Annotated[float, Field(ge=0)] = 30
 
-    # postgresql+asyncpg:// URLs of the three roles; without them `bulkhead up` starts its own Postgres.
+    # postgresql+asyncpg:// URLs of the four roles; without them `bulkhead up` starts its own Postgres.
     database_owner_url: SecretStr | None = None
     database_app_url: SecretStr | None = None
     database_platform_url: SecretStr | None = None
+    database_sealer_url: SecretStr | None = None
     database_pool: Annotated[int, Field(ge=2, le=200)] = 16
 
     # `id:base64url(32 bytes)[,id:...]`; the first is the active one, the others still open what they sealed.
     root_keys: SecretStr | None = None
     metrics_token: SecretStr | None = None
+    # Keys of the same form, from which those follow that sign the audit chain; without them the root keys are used.
+    audit_keys: SecretStr | None = None
+    # How often what has been recorded is chained, in seconds.
+    audit_seal_s: Annotated[float, Field(gt=0, le=60)] = 1
+    # Where the signed heads of all chains are appended, and how often, in seconds.
+    audit_heads_file: Path | None = None
+    audit_heads_s: Annotated[float, Field(ge=1)] = 60
+    # How long events are kept, in days; 0 is for ever, and the database itself keeps 30 days in any case.
+    audit_retention_days: Annotated[int, Field(ge=0)] = 400
 
     # The catalogue's entry `default`: any OpenAI-compatible endpoint.
     model_base_url: str = "https://api.openai.com/v1"
     model_api_key: SecretStr | None = None
     model_names: Annotated[tuple[str, ...], NoDecode] = ("gpt-4.1-mini",)
+    # What its models cost, by name: [{"from": day, "input": USD, "output": USD}] of a million tokens, as texts.
+    model_prices: Mapping[str, tuple[Mapping[str, str], ...]] = {}
     model_timeout_s: Annotated[float, Field(gt=0)] = 60
     model_retries: Annotated[int, Field(ge=0, le=10)] = 2
     # Lets model endpoints live on loopback: for a local model.
@@ -126,6 +147,29 @@ class Settings(BaseSettings):
     policy_max_timeout_s: Annotated[int, Field(ge=1)] = 3600
     policy_max_tool_calls: Annotated[int, Field(ge=1)] = 1000
     policy_max_steps: Annotated[int, Field(ge=1)] = 100
+    # What a tenant's policy may allow its runs together at most; without the last three, a policy needs no budget.
+    policy_max_concurrent_runs: Annotated[int, Field(ge=1)] = 1000
+    policy_max_user_concurrent_runs: Annotated[int, Field(ge=1)] = 1000
+    policy_max_tokens_per_day: Annotated[int, Field(ge=1)] | None = None
+    policy_max_cost_usd_per_day: Annotated[str, Field(pattern=_USD)] | None = None
+    policy_max_tool_calls_per_day: Annotated[int, Field(ge=1)] | None = None
+
+    # Runs that one process has under way at once. Those beyond wait in turn: so many, so many of one tenant, so long.
+    runs_max: Annotated[int, Field(ge=1)] = 64
+    queue_max: Annotated[int, Field(ge=0)] = 500
+    queue_per_tenant: Annotated[int, Field(ge=0)] = 50
+    queue_wait_s: Annotated[float, Field(ge=0)] = 30
+
+    # async+valkey:// or async+valkeys://, user:password@host:port/0: where many processes count requests together.
+    limits_url: SecretStr | None = None
+    # The processes that serve: while the storage of the limits is away, each lets through its part of every limit.
+    replicas: Annotated[int, Field(ge=1)] = 1
+    # Requests of one caller on all routes but the query's, which the policy bounds.
+    api_rate: Annotated[str, Field(pattern=_RATE)] = "600/minute"
+    # Requests of one address without a credential that holds.
+    address_rate: Annotated[str, Field(pattern=_RATE)] = "120/minute"
+    # Networks of proxies whose X-Forwarded-For is believed.
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
 
     # How long a run outlives the last sign of its process, in seconds, by the database's clock.
     run_lease_s: Annotated[float, Field(ge=2)] = 6
@@ -133,13 +177,28 @@ class Settings(BaseSettings):
     run_watch_s: Annotated[float, Field(gt=0, le=0.5)] = 0.3
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # Where lines of the log go instead of stdout; see docs/observability.md.
+    log_file: Path | None = None
+    # The collector that takes traces as OTLP over HTTP, as a whole URL; without it there are none.
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
+    # `name=value,...`: what is sent to it along with traces, such as its credential.
+    otlp_headers: SecretStr | None = None
+    trace_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # Lets the sampled flag of a request's traceparent decide: for a proxy of yours that sets it for everybody.
+    trace_trust_callers: bool = False
+    # Entries of the model catalogue that are told the trace of each turn.
+    trace_models: Annotated[tuple[str, ...], NoDecode] = ()
+    # Puts queries, answers, tool arguments and results into traces: whoever reads those reads all tenants' texts.
+    trace_content: bool = False
     # Puts user ids on metrics; off, since every user is a series of its own.
     metrics_user_labels: bool = False
+    # Tenants that get series of their own; all the others are one, `other`.
+    metrics_tenants: Annotated[tuple[UUID, ...], NoDecode, Field(max_length=100)] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _split_names(cls, values: dict[str, object]) -> dict[str, object]:
-        for field in ("model_names", "secrets_azure_vaults"):
+        for field in ("model_names", "secrets_azure_vaults", "trusted_proxies", "metrics_tenants", "trace_models"):
             names = values.get(field)
             if isinstance(names, str):
                 values = values | {field: tuple(part.strip() for part in names.split(",") if part.strip())}
@@ -158,10 +217,16 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _kept_for_a_month(self) -> Self:
+        if 0 < self.audit_retention_days <= 30:
+            raise ValueError("AUDIT_RETENTION_DAYS must be 0 or more than 30")
+        return self
+
+    @model_validator(mode="after")
     def _all_urls_or_none(self) -> Self:
-        urls = (self.database_owner_url, self.database_app_url, self.database_platform_url)
-        if any(urls) and not (self.database_app_url and self.database_platform_url):
-            raise ValueError("DATABASE_APP_URL and DATABASE_PLATFORM_URL go together")
+        serving = (self.database_app_url, self.database_platform_url, self.database_sealer_url)
+        if any((self.database_owner_url, *serving)) and not all(serving):
+            raise ValueError("DATABASE_APP_URL, DATABASE_PLATFORM_URL and DATABASE_SEALER_URL go together")
         return self
 
 

@@ -6,6 +6,7 @@ from app.audit import models as audit
 from app.auth import models as auth
 from app.db import Base
 from app.idempotency import models as idempotency
+from app.limits import models as limits
 from app.model_endpoints import models as model_endpoints
 from app.policies import models as policies
 from app.runs import models as runs
@@ -18,6 +19,7 @@ __all__ = [
     "audit",
     "auth",
     "idempotency",
+    "limits",
     "metadata",
     "model_endpoints",
     "policies",

@@ -30,7 +30,9 @@ _POLICY: Final = """\
 schema: bulkhead/1
 model: {use: default}
 instructions: You answer from the tenant's documents.
-limits: {max_steps: 8, timeout_s: 60, max_tool_calls: 10, requests: 900000/minute}
+limits:
+  {max_steps: 8, timeout_s: 60, max_tool_calls: 10, requests: 900000/minute, tenant_requests: 900000/minute,
+   concurrent_runs: 1000, user_concurrent_runs: 1000}
 input: {preset: balanced}
 servers:
   docs: {template: filesystem, root: docs, readonly: true, max_file_size: 1MB, allowed_extensions: [.md, .txt]}
@@ -122,7 +124,7 @@ class Bulkhead:
 
     async def prepare(self, documents: Documents, *, isolation: str = "tenant") -> None:
         """Upload the documents and publish the benchmark's policy, as the demo tenant's admin."""
-        async with self._client("BULKHEAD_ADMIN_KEY") as admin:
+        async with self.client("BULKHEAD_ADMIN_KEY") as admin:
             for name, text in documents.texts.items():
                 _checked(await admin.put(f"/v1/workspaces/docs/files/{name}", content=text.encode()))
             policy = _POLICY.replace("root: docs,", f"root: docs, isolation: {isolation},")
@@ -132,7 +134,7 @@ class Bulkhead:
     async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
         """See Subject."""
         places = asyncio.Semaphore(concurrency)
-        async with self._client("BULKHEAD_API_KEY") as client:
+        async with self.client("BULKHEAD_API_KEY") as client:
 
             async def ask(name: str) -> Answered:
                 async with places:
@@ -146,10 +148,15 @@ class Bulkhead:
         """See Subject."""
         return _read_journal(self._journal.with_suffix(".stderr.1"), self._journal)
 
-    def _client(self, key: str) -> httpx.AsyncClient:
-        headers = {"Authorization": f"Bearer {self._env[key]}"}
-        url = self._env["BULKHEAD_URL"]
-        return httpx.AsyncClient(base_url=url, headers=headers, timeout=_PATIENCE_S, trust_env=False)
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return self._env["BULKHEAD_URL"]
+
+    def client(self, key: str) -> httpx.AsyncClient:
+        """A caller with one of the demo's keys, by its name there, or with any other."""
+        headers = {"Authorization": f"Bearer {self._env.get(key, key)}"}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=_PATIENCE_S, trust_env=False)
 
 
 def _query(name: str) -> str:
@@ -231,7 +238,9 @@ def bare(variant: str, *, work: Path, model_url: str, documents: Documents) -> I
 
 
 @contextmanager
-def bulkhead(*, work: Path, model_url: str, launch: Sequence[str] = ("-m", "app.cli", "up")) -> Iterator[Bulkhead]:
+def bulkhead(
+    *, work: Path, model_url: str, launch: Sequence[str] = ("-m", "app.cli", "up"), **settings: str
+) -> Iterator[Bulkhead]:
     """Everything that `make up` starts, on an empty data directory; to be prepared before it is asked."""
     data, log = work / "bulkhead", work / "bulkhead.log"
     environment = {
@@ -240,8 +249,9 @@ def bulkhead(*, work: Path, model_url: str, launch: Sequence[str] = ("-m", "app.
         "BULKHEAD_MODEL_BASE_URL": model_url,
         "BULKHEAD_MODEL_API_KEY": "benchmark-needs-no-key",
         "BULKHEAD_MODEL_NAMES": "stub",
+        "BULKHEAD_LOG_FILE": str(work / "bulkhead.json"),  # nobody reads stdout here
     }
-    with _child(launch, work=work, log=log, **environment) as child:
+    with _child(launch, work=work, log=log, **(environment | settings)) as child:
         _await(child, data / ENV_FILE, log)
         yield Bulkhead(child, data)
 

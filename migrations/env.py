@@ -41,8 +41,10 @@ def _owner_url() -> str:
     """Take the URLs that the caller gave, else the settings'; the roles' names come from the URLs."""
     urls: DatabaseUrls | None = context.config.attributes.get("urls") or database_urls(Settings())
     if urls is None or urls.owner is None:
-        raise SystemExit("Set BULKHEAD_DATABASE_OWNER_URL, _APP_URL and _PLATFORM_URL: migrations run as the owner.")
-    context.config.attributes |= {"app_role": urls.app_role, "platform_role": urls.platform_role}
+        names = ", ".join(f"BULKHEAD_DATABASE_{role}_URL" for role in ("OWNER", "APP", "PLATFORM", "SEALER"))
+        raise SystemExit(f"Set {names}: migrations run as the owner.")
+    roles = {"app_role": urls.app_role, "platform_role": urls.platform_role, "sealer_role": urls.sealer_role}
+    context.config.attributes |= roles
     return urls.owner
 
 

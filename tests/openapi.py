@@ -26,7 +26,7 @@ def unconnected_app() -> FastAPI:
     """The application with a database that is not there."""
     settings = Settings(_env_file=None, root_keys=SecretStr(new_entry("k1")), model_api_key=SecretStr("none"))
     sandbox = ProbedSandbox(None, Probe(ok=False, backend="none", reason="", remedy=""))
-    return create_app(settings, urls=DatabaseUrls(None, _NOWHERE, _NOWHERE), sandbox=sandbox)
+    return create_app(settings, urls=DatabaseUrls(None, _NOWHERE, _NOWHERE, _NOWHERE), sandbox=sandbox)
 
 
 def described(app: FastAPI) -> str:

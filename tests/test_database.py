@@ -35,7 +35,15 @@ UNIQUE: Final = "23505"
 GRANTS: Final = """\
 app alembic_version SELECT
 app api_keys INSERT, SELECT, UPDATE(expires_at, revoked_at)
+app audit_chain SELECT
+app audit_checkpoints SELECT
 app audit_events INSERT, SELECT
+app audit_heads SELECT
+app budget_accounts INSERT, SELECT, UPDATE
+app budget_days INSERT, SELECT, UPDATE(cost, tokens, tool_calls)
+app budget_reservations DELETE, INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, tool_calls)
+app bulkhead_delete_erased EXECUTE
+app bulkhead_erase_user EXECUTE
 app contents INSERT, SELECT
 app idempotency_keys INSERT, SELECT, UPDATE(answer, created_at, digest)
 app issuers DELETE, INSERT, SELECT
@@ -51,11 +59,17 @@ app secret_bindings SELECT
 app secrets DELETE, INSERT, SELECT, UPDATE(id, key_id, sealed, updated_at, updated_by, version)
 app tenants SELECT, UPDATE(generation)
 app tool_calls INSERT, SELECT, UPDATE(duration_ms, outcome)
+app usage_models INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, runs, tool_calls, turns)
+app usage_tools INSERT, SELECT, UPDATE(allowed, denied, duration_ms, failed)
 app users INSERT, SELECT, UPDATE(disabled_at, role, wrapped_key)
 platform alembic_version SELECT
 platform api_keys SELECT, UPDATE(last_used_at)
 platform audit_events INSERT
+platform budget_accounts INSERT, SELECT, UPDATE
+platform budget_days INSERT, SELECT, UPDATE(cost, tokens, tool_calls)
+platform budget_reservations DELETE, SELECT
 platform bulkhead_ensure_partitions EXECUTE
+platform bulkhead_erase_tenant EXECUTE
 platform idempotency_keys DELETE, INSERT, SELECT, UPDATE(answer, created_at, digest)
 platform issuers SELECT
 platform kill_switches SELECT
@@ -65,7 +79,16 @@ platform secret_bindings DELETE, INSERT, SELECT, UPDATE(id, locator, provider, u
 platform secrets SELECT(id, name, tenant_id)
 platform tenants INSERT, SELECT, UPDATE(generation, status)
 platform tool_calls SELECT, UPDATE(outcome)
-platform users SELECT(disabled_at, id, issuer, role, subject, tenant_id)"""
+platform usage_models INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, runs, tool_calls, turns)
+platform usage_tools INSERT, SELECT, UPDATE(allowed, denied, duration_ms, failed)
+platform users SELECT(disabled_at, id, issuer, role, subject, tenant_id)
+sealer audit_chain INSERT, SELECT
+sealer audit_checkpoints INSERT, SELECT
+sealer audit_events SELECT
+sealer audit_heads INSERT, SELECT
+sealer audit_pending DELETE, SELECT
+sealer bulkhead_drop_empty_partitions EXECUTE
+sealer bulkhead_prune_audit EXECUTE"""
 _GRANTS: Final = """
 with held(grantee, object, privilege, of_column) as (
     select (aclexplode(relacl)).grantee, relname, (aclexplode(relacl)).privilege_type, null
@@ -137,27 +160,47 @@ async def db(service: Service) -> Inhabited:
         assert bound.is_success
         run = (await tenant.user.ask("What does note.md say?")).json()
         assert run["tool_calls"]
+        async with service.app.state.database.transaction(UUID(tenant.id)) as session:
+            for statement in UNDER_WAY:
+                await session.execute(text(statement))
         whom = Borrower(UUID(tenant.id), new_id())
         with pytest.raises(ServerQuarantined):  # a server that lists nothing any more
             await quarantine.enforce(service.app.state.database, whom, "docs", version=1, found=[])
     return Inhabited(service, tenants[0], tenants[1], run["run_id"])
 
 
+# A run that has ended has no reservation, and one that is running has a lease.
+UNDER_WAY: Final = (
+    (
+        "insert into runs (tenant_id, id, user_id, policy_version, state, model)"
+        " select tenant_id, gen_random_uuid(), user_id, policy_version, 'waiting_approval', model from runs limit 1"
+    ),
+    (
+        "insert into budget_reservations (tenant_id, run_id, user_id, day, model, input_tokens, output_tokens, cost)"
+        " select tenant_id, id, user_id, current_date, model, 1, 1, 1 from runs where state = 'waiting_approval'"
+    ),
+)
 PLATFORMS: Final = {"model_endpoints"}
-TABLES: Final = sorted(set(metadata.tables) - PLATFORMS)
+# The sealer writes these; tests/audit/test_sealing.py tries what others can do to them.
+SEALERS: Final = {"audit_pending", "audit_chain", "audit_heads", "audit_checkpoints"}
+TABLES: Final = sorted(set(metadata.tables) - PLATFORMS - SEALERS)
 KEYED: Final = {"tenants": "id"}
 ROW: Final = "select to_jsonb(t)::text from {} t"
 COUNT: Final = "select count(*) from {}"
 OWNERS: Final = "select distinct {}::text from {}"
 READ: Final = "select body from {}"
-INSERT: Final = (
-    "insert into {0} overriding system value select * from jsonb_populate_record(null::{0}, cast(:row as jsonb))"
-)
 
 
 def owned(table: str) -> str:
     """The column that says whose row it is."""
     return KEYED.get(table, "tenant_id")
+
+
+def inserting(table: str) -> str:
+    """A statement that inserts the whole `row`, but for what the database computes."""
+    columns = ", ".join(f'"{column.name}"' for column in metadata.tables[table].columns if column.computed is None)
+    record = f"jsonb_populate_record(null::{table}, cast(:row as jsonb))"
+    return f"insert into {table} ({columns}) overriding system value select {columns} from {record}"  # noqa: S608  ours
 
 
 # Rows
@@ -167,7 +210,7 @@ def owned(table: str) -> str:
 async def test_without_a_tenant_the_app_sees_no_row_and_adds_none(db: Inhabited, table: str) -> None:
     ((row,), *_) = await db.as_role("owner", ROW.format(table), tenant=db.a)
     assert await db.as_role("app", COUNT.format(table)) == [(0,)]
-    assert await db.sqlstate("app", INSERT.format(table), row=row) == REFUSED
+    assert await db.sqlstate("app", inserting(table), row=row) == REFUSED
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -175,7 +218,7 @@ async def test_with_one_tenant_set_the_rows_of_another_are_not_there(db: Inhabit
     seen = await db.as_role("app", OWNERS.format(owned(table), table), tenant=db.a)
     assert seen == [(db.a.id,)]
     ((row,), *_) = await db.as_role("owner", ROW.format(table), tenant=db.b)
-    assert await db.sqlstate("app", INSERT.format(table), tenant=db.a, row=row) == REFUSED
+    assert await db.sqlstate("app", inserting(table), tenant=db.a, row=row) == REFUSED
 
 
 # The app role makes neither tenants nor bindings of secrets, not even its own.
@@ -183,7 +226,7 @@ async def test_with_one_tenant_set_the_rows_of_another_are_not_there(db: Inhabit
 async def test_it_is_the_tenant_that_was_refused_and_not_the_row(db: Inhabited, table: str) -> None:
     """The control of the two above: under its own tenant the same row is only there already."""
     ((row,), *_) = await db.as_role("owner", ROW.format(table), tenant=db.a)
-    assert await db.sqlstate("app", INSERT.format(table), tenant=db.a, row=row) == UNIQUE
+    assert await db.sqlstate("app", inserting(table), tenant=db.a, row=row) == UNIQUE
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -199,6 +242,15 @@ async def test_without_row_level_security_there_are_rows_of_both(db: Inhabited, 
 async def test_the_app_reaches_nothing_of_the_platforms_own(db: Inhabited, table: str) -> None:
     assert await db.sqlstate("app", COUNT.format(table), tenant=db.a) == REFUSED
     assert len(await db.as_role("platform", COUNT.format(table))) == 1, "the control"
+
+
+@pytest.mark.parametrize("table", ["audit_chain", "audit_heads"])
+async def test_the_app_reads_of_the_chain_what_is_its_tenants(db: Inhabited, table: str) -> None:
+    await db.service.app.state.sealer.seal()
+    owners = OWNERS.format("tenant_id", table)
+    assert {(db.a.id,), (db.b.id,)} <= set(await db.as_role("sealer", owners)), "the control"
+    assert await db.as_role("app", owners) == []
+    assert await db.as_role("app", owners, tenant=db.a) == [(db.a.id,)]
 
 
 async def test_updates_and_deletes_find_no_row_of_another_tenant(db: Inhabited) -> None:
@@ -259,7 +311,8 @@ async def test_transactions_of_many_tenants_share_connections_and_nothing_else(d
 
 async def test_the_services_roles_can_do_nothing_but_what_they_were_granted(db: Inhabited) -> None:
     rows = await db.as_role("owner", _GRANTS)
-    names = {db.service.urls.app_role: "app", db.service.urls.platform_role: "platform"}
+    urls = db.service.urls
+    names = {urls.app_role: "app", urls.platform_role: "platform", urls.sealer_role: "sealer"}
     held: dict[tuple[str, str], list[str]] = {}
     for grantee, name, privilege, of_columns in rows:
         what = f"{privilege}({of_columns})" if of_columns else privilege
@@ -267,7 +320,7 @@ async def test_the_services_roles_can_do_nothing_but_what_they_were_granted(db: 
     assert "\n".join(f"{role} {name} {', '.join(what)}" for (role, name), what in sorted(held.items())) == GRANTS
 
 
-@pytest.mark.parametrize("role", ["app", "platform", "owner"])
+@pytest.mark.parametrize("role", ["app", "platform", "sealer", "owner"])
 async def test_no_role_of_ours_is_more_than_a_role(db: Inhabited, role: str) -> None:
     rows = await db.as_role(
         role,
@@ -279,7 +332,7 @@ async def test_no_role_of_ours_is_more_than_a_role(db: Inhabited, role: str) -> 
     assert rows == [(False,) * 7]
 
 
-@pytest.mark.parametrize("role", ["app", "platform"])
+@pytest.mark.parametrize("role", ["app", "platform", "sealer"])
 async def test_the_services_roles_own_nothing_and_make_nothing(db: Inhabited, role: str) -> None:
     owning = "select objid from pg_shdepend where refobjid = current_user::regrole and deptype = 'o'"
     assert await db.as_role(role, owning) == []
@@ -291,7 +344,7 @@ async def test_the_services_roles_own_nothing_and_make_nothing(db: Inhabited, ro
         "alter table audit_events disable trigger append_only",
         "drop policy one_tenant on users",
         "set session_replication_role = replica",
-        f"set role {db.service.urls.platform_role if role == 'app' else db.service.urls.app_role}",
+        f"set role {db.service.urls.sealer_role if role == 'app' else db.service.urls.app_role}",
     )
     for statement in attempts:
         assert await db.sqlstate(role, statement) == REFUSED, statement
@@ -328,8 +381,17 @@ async def test_every_table_is_bound_to_the_tenant_that_is_set(db: Inhabited) -> 
 
 async def test_what_runs_as_the_owner_looks_nowhere_else(db: Inhabited) -> None:
     rows = await db.as_role("owner", "select proname::text, proconfig::text from pg_proc where prosecdef")
-    assert [name for name, _ in rows] == ["bulkhead_ensure_partitions"]
-    assert "search_path=pg_catalog" in rows[0][1]
+    assert sorted(name for name, _ in rows) == [
+        "bulkhead_delete_erased",
+        "bulkhead_drop_empty_partitions",
+        "bulkhead_enqueue_events",
+        "bulkhead_ensure_partitions",
+        "bulkhead_erase_tenant",
+        "bulkhead_erase_user",
+        "bulkhead_prune_audit",
+        "bulkhead_refuse_erased",
+    ]
+    assert all("search_path=pg_catalog" in settings for _, settings in rows)
 
 
 # Audit events
@@ -347,7 +409,7 @@ CHANGES: Final = ["update {} set body = '{{}}'", "delete from {}", "truncate {}"
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("role", ["app", "platform", "owner"])
+@pytest.mark.parametrize("role", ["app", "platform", "sealer", "owner"])
 async def test_audit_events_are_append_only_for_every_role(
     db: Inhabited, partitions: list[str], role: str, change: str
 ) -> None:
@@ -380,7 +442,7 @@ async def test_it_is_the_trigger_that_keeps_the_owner_from_changing_events(db: I
 
 async def test_no_partition_can_be_reached_past_the_table(db: Inhabited, partitions: list[str]) -> None:
     for partition in partitions:
-        for role in ("app", "platform"):
+        for role in ("app", "platform", "sealer"):
             assert await db.sqlstate(role, READ.format(partition), tenant=db.a) == REFUSED
 
 
@@ -404,7 +466,8 @@ async def test_partitions_are_made_for_the_platform_alone(db: Inhabited) -> None
         named = "select relname::text from pg_class where relispartition and relkind = 'r' order by relname"
         newest = (await connection.scalars(text(named))).all()[-2]  # the last is audit_events_rest
         triggers = text("select count(*) from pg_trigger where tgrelid = cast(:name as regclass) and not tgisinternal")
-        assert await connection.scalar(triggers, {"name": newest}) == 2
+        # No update, no deletion but by pruning, no truncation.
+        assert await connection.scalar(triggers, {"name": newest}) == 3
 
 
 # Migrations

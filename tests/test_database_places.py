@@ -15,7 +15,7 @@ _URL = "postgresql+asyncpg://someone:secret@"
 
 
 def _urls(url: str) -> DatabaseUrls:
-    return DatabaseUrls(None, url, url)
+    return DatabaseUrls(None, url, url, url)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_every_host_is_known_and_a_socket_is_none(rest: str, places: list[tuple[
     assert _urls(_URL + rest).places() == places
 
 
-def test_all_three_roles_count_and_each_place_once() -> None:
-    urls = DatabaseUrls(f"{_URL}a/x", f"{_URL}b/x", f"{_URL}a:5432/x")
+def test_all_roles_count_and_each_place_once() -> None:
+    urls = DatabaseUrls(f"{_URL}a/x", f"{_URL}b/x", f"{_URL}a:5432/x", f"{_URL}a/x")
     assert urls.places() == [("a", 5432), ("b", 5432)]
 
 

@@ -40,7 +40,9 @@ async def test_a_chore_that_fails_stops_neither_the_others_nor_the_next_round(
 
     monkeypatch.setattr(state.pool, "evict", fail)
     monkeypatch.setattr(state.authenticator, "flush_failures", flush)
-    keeping = asyncio.create_task(housekeeping.keep_house(state.pool, state.authenticator, state.platform))
+    keeping = asyncio.create_task(
+        housekeeping.keep_house(state.pool, state.authenticator, state.platform, state.outbox)
+    )
     async with asyncio.timeout(5):
         while done.count("flush") < 5:  # noqa: ASYNC110  a loop tells nobody of its rounds
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The vocabulary of the audit record, and the canonical text of an event."""
+"""Every type of audit event, and the canonical text of one. What each says stands in `vocabulary`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
-
-SCHEMA_VERSION: Final = 1
 
 
 class EventType(StrEnum):
@@ -20,16 +18,20 @@ class EventType(StrEnum):
     TENANT_CREATED = "tenant.created"
     TENANT_DISABLED = "tenant.disabled"
     TENANT_ENABLED = "tenant.enabled"
+    TENANT_ERASED = "tenant.erased"
     USER_CREATED = "user.created"
     USER_ROLE_CHANGED = "user.role_changed"
     USER_DISABLED = "user.disabled"
     USER_ENABLED = "user.enabled"
+    USER_ERASED = "user.erased"
     KEY_CREATED = "key.created"
     KEY_ROTATED = "key.rotated"
     KEY_REVOKED = "key.revoked"
     ISSUER_REGISTERED = "issuer.registered"
     ISSUER_REMOVED = "issuer.removed"
+    AUTH_SUCCEEDED = "auth.succeeded"
     AUTH_FAILED = "auth.failed"
+    AUTH_SLOWED = "auth.slowed"
     POLICY_CREATED = "policy.created"
     POLICY_CHECKED = "policy.checked"
     POLICY_DRY_RUN = "policy.dry_run"
@@ -50,12 +52,18 @@ class EventType(StrEnum):
     WORKSPACE_FILE_WRITTEN = "workspace.file_written"
     WORKSPACE_FILE_DELETED = "workspace.file_deleted"
     WORKSPACE_DELETED = "workspace.deleted"
+    AUDIT_READ = "audit.read"
+    AUDIT_EXPORTED = "audit.exported"
+    AUDIT_PRUNED = "audit.pruned"
     RATE_LIMITED = "rate_limit.exceeded"
+    LIMIT_EXCEEDED = "limit.exceeded"
     QUERY_RECEIVED = "query.received"
     QUERY_SCREENED = "query.screened"
+    QUERY_REFUSED = "query.refused"
     RUN_STARTED = "run.started"
     RUN_CANCEL_ORDERED = "run.cancel_ordered"
     RUN_FINISHED = "run.finished"
+    RUN_READ = "run.read"
     TOOL_DECIDED = "tool.decided"
     TOOL_FINISHED = "tool.finished"
     SERVER_CRASH_LOOPING = "server.crash_looping"
@@ -66,6 +74,7 @@ class EventType(StrEnum):
     EGRESS_CLOSED = "egress.closed"
     EGRESS_REFUSED = "egress.refused"
     EGRESS_REFUSED_MORE = "egress.refused_more"
+    ERROR_RAISED = "error.raised"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +87,21 @@ class Event:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def canonical(event: Event, *, id: UUID, tenant_id: UUID, at: datetime) -> str:  # noqa: A002  the field's own name
+def canonical(
+    event: Event,
+    *,
+    id: UUID,  # noqa: A002  the field's own name
+    tenant_id: UUID,
+    at: datetime,
+    version: int,
+) -> str:
     """The text that is stored, hashed and exported: JSON with sorted keys, no spaces, times in UTC with Z."""
     body = {
         "id": str(id),
         "tenant_id": str(tenant_id),
         "at": at.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
         "type": event.type.value,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": version,
         "actor_id": str(event.actor_id) if event.actor_id else None,
         "run_id": str(event.run_id) if event.run_id else None,
         "data": event.data,

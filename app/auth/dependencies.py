@@ -11,6 +11,8 @@ import structlog
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.auth import keys
+from app.auth.gate import Admission, Attempt, Gate
 from app.auth.service import Authenticator
 from app.caller import Caller
 from app.cursors import Cursors
@@ -21,7 +23,8 @@ from app.idempotency.once import Once
 from app.keyring import Keyring
 from app.platform_db import PlatformDatabase
 from app.scopes import Scope
-from app.telemetry.metrics import VIOLATIONS
+from app.telemetry import security
+from app.telemetry.security import Violation
 from app.tenants import service as tenants
 from app.tenants.service import AccessibleTenantID
 
@@ -32,20 +35,40 @@ _bearer = HTTPBearer(auto_error=False, description="An API key (bh_...) or a tok
 async def authenticated(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    """The caller, whatever its scopes; raise Unauthenticated."""
+    """The caller, whatever its scopes; raise Unauthenticated, or slowapi's RateLimitExceeded."""
     authenticator: Authenticator = request.app.state.authenticator
+    gate: Gate = request.app.state.gate
     if credentials is None:
-        VIOLATIONS.labels("unauthenticated").inc()
+        request.state.rate_headers = await gate.count(_address(request))
+        security.refuse(Violation.UNAUTHENTICATED, reason="no_credential", address=_address(request))
         await authenticator.refuse("no_credential", address=_address(request))
         raise Unauthenticated
-    caller = await authenticator.authenticate(credentials.credentials, address=_address(request))
+    caller = await _looked_at(request, authenticator, gate, credentials.credentials)
     request.state.user_id = str(caller.user_id)
+    request.state.tenant_id = caller.tenant_id
     structlog.contextvars.bind_contextvars(tenant_id=str(caller.tenant_id), user_id=str(caller.user_id))
+    admission: Admission = request.app.state.admission
+    request.state.rate_headers = await admission.general(caller, request.url.path)
     return caller
 
 
+async def _looked_at(request: Request, authenticator: Authenticator, gate: Gate, credential: str) -> Caller:
+    key, address = keys.parse(credential), _address(request)
+    async with gate.looking(Attempt(credential, key.lookup if key else "", address)) as told:
+        request.state.rate_headers = told
+        return await authenticator.authenticate(credential, address=address)
+
+
+async def counted_by_address(request: Request) -> None:
+    """For routes that ask for no credential; raises slowapi's RateLimitExceeded."""
+    gate: Gate = request.app.state.gate
+    request.state.rate_headers = await gate.count(_address(request))
+
+
 def _address(request: Request) -> str:
-    return request.client.host if request.client else "unknown"
+    """Of the client, as the edge has found it."""
+    address: str = request.state.address
+    return address
 
 
 AnyCaller = Annotated[Caller, Depends(authenticated)]
@@ -56,7 +79,7 @@ def requires(scope: Scope) -> Callable[..., Awaitable[Caller]]:
 
     async def with_scope(request: Request, caller: AnyCaller) -> Caller:
         if scope not in caller.scopes:
-            VIOLATIONS.labels("forbidden").inc()
+            security.refuse(Violation.FORBIDDEN, reason=f"lacks_scope:{scope}")
             authenticator: Authenticator = request.app.state.authenticator
             await authenticator.refuse(f"lacks_scope:{scope}", address=_address(request), caller=caller)
             raise Forbidden

@@ -25,7 +25,7 @@ from app.auth.service import NewKey
 from app.caller import Caller
 from app.etags import tagged
 from app.problems import responses
-from app.schemas import Answer, Body
+from app.schemas import RATE, Answer, Body
 from app.scopes import Scope
 from app.tenants.service import AccessibleTenantID
 
@@ -44,6 +44,8 @@ class KeyIn(Body):
     name: str = Field(min_length=1, max_length=100)
     # Within what Postgres and Python both can tell in every zone.
     expires_at: AwareDatetime | None = Field(default=None, gt=_FIRST_MOMENT, lt=_LAST_MOMENT)
+    # Queries with this key, such as "60/minute", besides what the policy allows its user.
+    rate: str | None = Field(default=None, pattern=RATE)
 
 
 class RotateIn(Body):
@@ -61,7 +63,7 @@ class NewKeyOut(Answer):
 
 
 class KeyOut(Answer):
-    """A key without its text. `last_used_at` is exact to the minute."""
+    """A key without its text. `last_used_at` is exact to the minute; `rate` is null where it has none of its own."""
 
     id: UUID
     user_id: UUID
@@ -70,6 +72,7 @@ class KeyOut(Answer):
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+    rate: str | None
     last_used_at: datetime | None
 
 
@@ -112,7 +115,7 @@ class IssuersOut(Answer):
     next_cursor: str | None
 
 
-@router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 413, 422))
+@router.post("/v1/keys", status_code=201, summary="Make an API key", responses=responses(401, 403, 404, 409, 413, 422))
 async def create_key(
     body: KeyIn, caller: KeyWriter, database: TheDatabase, keyring: TheKeyring, once: OnlyOnce
 ) -> NewKeyOut:
@@ -126,7 +129,7 @@ async def create_key(
     "/v1/tenants/{tenant_id}/keys",
     status_code=201,
     summary="Make an API key for a user of a tenant",
-    responses=responses(401, 403, 404, 413, 422),
+    responses=responses(401, 403, 404, 409, 413, 422),
 )
 async def create_tenant_key(
     tenant_id: Annotated[AccessibleTenantID, Depends(acting("key.create"))],
@@ -245,6 +248,7 @@ async def _create_key(
         user_id=body.user_id,
         name=body.name,
         expires_at=body.expires_at,
+        rate=body.rate,
         actor_id=caller.user_id,
     )
     return _out(new)

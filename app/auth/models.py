@@ -32,6 +32,7 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    rate: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     @property

@@ -18,7 +18,7 @@ from app.keyring import Mac
 
 # Plain SQL, since a domain's tables are imported by that domain alone.
 _FIND_KEY: Final = text("""
-select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, u.role, t.generation,
+select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, k.rate, u.role, t.generation,
        k.revoked_at is null and coalesce(k.expires_at > now(), true) as is_valid,
        coalesce(k.last_used_at < now() - interval '1 minute', true) as is_use_unnoted,
        u.disabled_at is null and t.status = 'active' as is_active
@@ -66,6 +66,7 @@ class StoredKey:
     holder: Holder
     is_valid: bool
     is_use_unnoted: bool
+    rate: str | None
 
 
 async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
@@ -74,9 +75,8 @@ async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
     if row is None:
         return None
     holder = Holder(row.tenant_id, row.user_id, row.role, is_active=row.is_active, generation=row.generation)
-    return StoredKey(
-        row.id, Mac(row.mac_key_id, row.mac), holder, is_valid=row.is_valid, is_use_unnoted=row.is_use_unnoted
-    )
+    mac = Mac(row.mac_key_id, row.mac)
+    return StoredKey(row.id, mac, holder, is_valid=row.is_valid, is_use_unnoted=row.is_use_unnoted, rate=row.rate)
 
 
 async def recheck(session: AsyncSession, caller: Caller) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import orjson
@@ -25,11 +25,13 @@ from app.errors import Conflict, Fault, Unauthenticated
 from app.keyring import Keyring
 from app.platform_db import PlatformDatabase
 from app.scopes import SCOPES_OF, Role
-from app.telemetry.metrics import VIOLATIONS
+from app.telemetry import security
+from app.telemetry.security import Violation
 from app.tenants import repository as users
 from app.tenants import service as tenants
 
 _MAX_KEY_SETS: Final = 1_000
+_MAX_USES: Final = 100_000
 
 
 class Refusal(StrEnum):
@@ -48,6 +50,20 @@ class _Refused:
     reason: str
     tenant_id: UUID = PLATFORM_TENANT
     actor_id: UUID | None = None
+
+
+class _Use(NamedTuple):
+    """Whose credential was taken, and from where; without a key it was a token."""
+
+    tenant_id: UUID
+    user_id: UUID
+    key_id: UUID | None
+    role: Role
+    address: str
+
+    def event(self, *, count: int) -> Event:
+        data = {"key_id": self.key_id, "role": self.role, "address": self.address, "count": count}
+        return Event(EventType.AUTH_SUCCEEDED, actor_id=self.user_id, data=data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +87,16 @@ class Authenticator:
         self._remote_keys = remote_keys
         self._inline_keys: dict[UUID, tokens.KeySet] = {}
         self._failures: MinuteCounts[tuple[UUID, str, str]] = MinuteCounts()
+        self._uses: MinuteCounts[_Use] = MinuteCounts(minutes=60, most=_MAX_USES)
 
     async def authenticate(self, credential: str, *, address: str) -> Caller:
         """Give the caller, or record the refusal and raise Unauthenticated, the same for every reason."""
         key = keys.parse(credential)
         found = await (self._by_key(key) if key else self._by_token(credential))
         if isinstance(found, Caller):
+            await self._record_use(found, address)
             return found
-        VIOLATIONS.labels("unauthenticated").inc()
+        security.refuse(Violation.UNAUTHENTICATED, reason=found.reason, address=address)
         await self._record(found, address)
         raise Unauthenticated
 
@@ -99,7 +117,7 @@ class Authenticator:
                 return _Refused(Refusal.NOT_ACTIVE, holder.tenant_id, holder.user_id)
             if stored.is_use_unnoted:
                 await repository.note_use(session, stored)
-        return _caller(holder, key_id=stored.id)
+        return _caller(holder, key_id=stored.id, key_rate=stored.rate)
 
     async def _by_token(self, token: str) -> Caller | _Refused:
         try:
@@ -158,22 +176,61 @@ class Authenticator:
     async def _record(self, refused: _Refused, address: str) -> None:
         """The first of a minute's equal refusals at once; the others are counted (see flush_failures)."""
         if self._failures.is_first((refused.tenant_id, refused.reason, address)):
-            await self._append(refused.tenant_id, refused.actor_id, refused.reason, address, count=1)
+            async with self._platform.transaction() as session:
+                event = _failed(refused.actor_id, refused.reason, address, count=1)
+                await audit.append(session, refused.tenant_id, event)
+
+    async def _record_use(self, caller: Caller, address: str) -> None:
+        """The first from an address in an hour, before the caller may do anything; the others are counted."""
+        use = _Use(caller.tenant_id, caller.user_id, caller.key_id, caller.role, address)
+        if not self._uses.is_first(use):
+            return
+        try:
+            async with self._platform.transaction() as session:
+                await audit.append(session, use.tenant_id, use.event(count=1))
+        except BaseException:
+            self._uses.forget(use)
+            raise
+
+    async def flush_uses(self) -> None:
+        """Record the counts of the hours that are over; to be called every few seconds."""
+        while True:
+            with self._uses.finished() as uses:
+                if not uses:
+                    return
+                async with self._platform.transaction() as session:
+                    for use, count in uses:
+                        await audit.append(session, use.tenant_id, use.event(count=count))
 
     async def flush_failures(self) -> None:
         """Record the counts of the minutes that are over; to be called every few seconds."""
-        for (tenant_id, reason, address), count in self._failures.take_finished():
-            await self._append(tenant_id, None, reason, address, count=count)
+        while True:
+            with self._failures.finished() as failures:
+                if not failures:
+                    return
+                async with self._platform.transaction() as session:
+                    for (tenant_id, reason, address), count in failures:
+                        await audit.append(session, tenant_id, _failed(None, reason, address, count=count))
 
-    async def _append(self, tenant_id: UUID, actor_id: UUID | None, reason: str, address: str, *, count: int) -> None:
-        data = {"reason": reason, "address": address, "count": count}
-        async with self._platform.transaction() as session:
-            await audit.append(session, tenant_id, Event(EventType.AUTH_FAILED, actor_id=actor_id, data=data))
+
+def _failed(actor_id: UUID | None, reason: str, address: str, *, count: int) -> Event:
+    data = {"reason": reason, "address": address, "count": count}
+    return Event(EventType.AUTH_FAILED, actor_id=actor_id, data=data)
 
 
-def _caller(holder: Holder, *, key_id: UUID | None = None, role: Role | None = None) -> Caller:
+def _caller(
+    holder: Holder, *, key_id: UUID | None = None, key_rate: str | None = None, role: Role | None = None
+) -> Caller:
     role = role or Role(holder.role)
-    return Caller(holder.tenant_id, holder.user_id, role, SCOPES_OF[role], generation=holder.generation, key_id=key_id)
+    return Caller(
+        holder.tenant_id,
+        holder.user_id,
+        role,
+        SCOPES_OF[role],
+        generation=holder.generation,
+        key_id=key_id,
+        key_rate=key_rate,
+    )
 
 
 def _claimed_role(issuer: Issuer, claims: Mapping[str, Any]) -> Role | None:
@@ -191,10 +248,14 @@ async def create_key(
     user_id: UUID,
     name: str,
     expires_at: datetime | None,
+    rate: str | None,
     actor_id: UUID | None,
 ) -> NewKey:
-    """Mint a key for a user of the session's tenant; raise NotFound for another's."""
-    await users.get_user(session, user_id)
+    """Mint a key for a user of the session's tenant; raise NotFound for another's, Erased.
+
+    `rate` bounds the queries with it, besides what the policy allows its user.
+    """
+    tenants.refuse_erased(await users.get_user(session, user_id))
     key_id, key = new_id(), keys.mint()
     mac = keys.fingerprint(keyring, key)
     await repository.insert_key(
@@ -207,8 +268,9 @@ async def create_key(
         mac_key_id=mac.key_id,
         mac=mac.digest,
         expires_at=expires_at,
+        rate=rate,
     )
-    data = {"key_id": key_id, "user_id": user_id, "expires_at": expires_at}
+    data = {"key_id": key_id, "user_id": user_id, "expires_at": expires_at, "rate": rate}
     await audit.append(session, tenant_id, Event(EventType.KEY_CREATED, actor_id=actor_id, data=data))
     return NewKey(key_id, key.text, expires_at)
 
@@ -227,6 +289,7 @@ async def rotate_key(
         user_id=old.user_id,
         name=old.name,
         expires_at=old.expires_at,
+        rate=old.rate,
         actor_id=caller.user_id,
     )
     await repository.expire_key(session, key_id, old_ends_at)
@@ -291,5 +354,10 @@ async def register_issuer(
 async def remove_issuer(session: AsyncSession, caller: Caller, issuer_id: UUID) -> None:
     """Trust an issuer no longer, from the next request on. Raise NotFound."""
     issuer = await repository.delete_issuer(session, issuer_id)
-    data = {"issuer_id": issuer_id, "issuer": issuer.issuer}
+    data = {
+        "issuer_id": issuer_id,
+        "issuer": issuer.issuer,
+        "audience": issuer.audience,
+        "role_claim": issuer.role_claim,
+    }
     await audit.append(session, caller.tenant_id, Event(EventType.ISSUER_REMOVED, actor_id=caller.user_id, data=data))

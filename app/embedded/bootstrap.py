@@ -44,6 +44,7 @@ async def bootstrap(owner: Database, keyring: Keyring) -> NewKey:
                 user_id=user_id,
                 name="bootstrap",
                 expires_at=None,
+                rate=None,
                 actor_id=None,
             )
     except IntegrityError:

@@ -23,6 +23,7 @@ from app.interruption import undisturbed
 from app.keyring import Keyring, new_entry
 from app.listening import bound, listening, url_of
 from app.outbound.catalogue import ModelEndpoint
+from app.outbound.prices import PriceIn
 from app.sandbox import cgroup_search
 from app.sandbox.cgroups import Cgroups
 from app.servers import running
@@ -30,6 +31,8 @@ from app.settings import Settings
 from app.tenants.images import unmount_below
 
 _OWN: Final = "machine.env"
+# It costs nothing, but a demo shall show what a model would.
+_PRICES: Final = (PriceIn.model_validate({"from": "2026-01-01", "input": "0.4", "output": "1.6"}),)
 _PLATFORM_KEY: Final = "BULKHEAD_PLATFORM_KEY"
 # What else a start may have left before it wrote _OWN, or `bulkhead serve` without ever writing it.
 _KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "volumes", "servers", "catalogue"}
@@ -122,6 +125,14 @@ class Machine:
         finally:
             self.stop_database()
 
+    def running_urls(self) -> DatabaseUrls:
+        """Of the embedded Postgres, while `up` holds it."""
+        return self._postgres.provision()
+
+    def is_made(self) -> bool:
+        """True where `up` has been here."""
+        return (self.directory / _OWN).exists()
+
     def stop_database(self) -> bool:
         """End the embedded Postgres, whoever started it; False where it did not run."""
         was_running = self._postgres.is_running()
@@ -179,4 +190,4 @@ async def rehearsal() -> AsyncIterator[ModelEndpoint]:
     """The rehearsal model, served over real HTTP on a loopback port of its own."""
     with bound("127.0.0.1", 0) as listener:
         async with listening(rehearsal_app(), listener):
-            yield ModelEndpoint(f"{url_of(listener)}/v1", api_key="rehearsal-needs-no-key", models=(MODEL,))
+            yield ModelEndpoint(f"{url_of(listener)}/v1", "rehearsal-needs-no-key", (MODEL,), {MODEL: _PRICES})

@@ -112,7 +112,7 @@ class EmbeddedPostgres:
         raise Unavailable(f"the Postgres in {self.root} does not end")
 
     def provision(self, database: str = "bulkhead", *, prefix: str = "bulkhead") -> DatabaseUrls:
-        """Make the database and its three roles where they are missing. Not for a running event loop."""
+        """Make the database and its four roles where they are missing. Not for a running event loop."""
         roles = _roles(prefix)
         try:
             asyncio.run(self._provision(_checked(database), roles))
@@ -315,7 +315,7 @@ def role_statements(prefix: str) -> list[str]:
 
 
 def _roles(prefix: str) -> list[str]:
-    return [f"{_checked(prefix)}_{purpose}" for purpose in ("owner", "app", "platform")]
+    return [f"{_checked(prefix)}_{purpose}" for purpose in ("owner", "app", "platform", "sealer")]
 
 
 def _grants(database: str, roles: Sequence[str]) -> list[str]:

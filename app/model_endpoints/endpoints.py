@@ -17,6 +17,7 @@ from app.errors import Fault, Invalid
 from app.etags import tagged
 from app.model_endpoints import repository, service
 from app.outbound.catalogue import ModelCatalogue, base_url_fault
+from app.outbound.prices import Prices
 from app.problems import responses
 from app.schemas import Answer, Body
 from app.scopes import Scope
@@ -48,6 +49,7 @@ class EndpointIn(Body):
     base_url: BaseUrl
     models: Names
     credential: Credential
+    prices: Prices = Field(default={}, description="What a million tokens cost, by model and by day (UTC).")
     is_enabled: bool = True
 
 
@@ -57,6 +59,7 @@ class EndpointChangeIn(Body):
     base_url: BaseUrl | None = None
     models: Names | None = None
     credential: Credential | None = None
+    prices: Prices | None = None
     is_enabled: bool | None = None
 
     @model_validator(mode="after")
@@ -68,7 +71,7 @@ class EndpointChangeIn(Body):
     @property
     def changes(self) -> dict[str, Any]:
         """By column; the credential is none, since it has to be sealed."""
-        return self.model_dump(exclude_none=True, exclude={"credential"})
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"credential"})
 
 
 class EndpointOut(Answer):
@@ -78,6 +81,7 @@ class EndpointOut(Answer):
     name: str
     base_url: str
     models: list[str]
+    prices: Prices
     is_enabled: bool
     created_at: datetime
     updated_at: datetime
@@ -145,7 +149,7 @@ async def add_endpoint(
         raise NameTaken
 
     async def make() -> EndpointOut:
-        values = body.model_dump(exclude={"credential"})
+        values = body.model_dump(mode="json", by_alias=True, exclude={"credential"})
         credential = body.credential.get_secret_value()
         return EndpointOut.model_validate(await service.add(session, keyring, caller, credential=credential, **values))
 

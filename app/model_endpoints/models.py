@@ -26,6 +26,7 @@ class StoredEndpoint(Base):
     name: Mapped[str]
     base_url: Mapped[str]
     models: Mapped[list[str]] = mapped_column(JSONB)
+    prices: Mapped[dict[str, list[dict[str, str]]]] = mapped_column(JSONB, server_default="{}")
     is_enabled: Mapped[bool]
     credential: Mapped[bytes] = mapped_column(LargeBinary)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

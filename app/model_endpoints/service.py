@@ -17,10 +17,13 @@ from app.keyring import Keyring, SecretKey
 from app.model_endpoints import repository
 from app.model_endpoints.models import StoredEndpoint
 from app.outbound.catalogue import ModelEndpoint
+from app.outbound.prices import PRICES
 from app.tenants import repository as tenants
 from app.tenants.service import NameTaken, open_tenant_key
 
 _MAX_ENDPOINTS: Final = 100
+# Of all that can be changed, what is neither a secret nor a table.
+_RECORDED: Final = frozenset({"base_url", "models", "is_enabled"})
 
 
 async def add(
@@ -46,14 +49,18 @@ async def change(
 ) -> StoredEndpoint:
     """Runs that have begun go on with what they began with. Raise NotFound."""
     await tenants.bump_generation(session, PLATFORM_TENANT)
-    name = (await repository.get(session, endpoint_id)).name
-    changed = sorted(values)
+    row = await repository.get(session, endpoint_id)
+    data = {
+        "name": row.name,
+        "changed": sorted([*values, *(["credential"] if credential is not None else [])]),
+        "before": {key: getattr(row, key) for key in values.keys() & _RECORDED},
+        "after": {key: values[key] for key in values.keys() & _RECORDED},
+    }
     if credential is not None:
-        changed.append("credential")
         key = await open_tenant_key(session, keyring, PLATFORM_TENANT)
         values["credential"] = _seal(key, endpoint_id, credential)
     await repository.change(session, endpoint_id, **values)
-    await _record(session, EventType.MODEL_ENDPOINT_CHANGED, caller, endpoint_id, name=name, changed=changed)
+    await _record(session, EventType.MODEL_ENDPOINT_CHANGED, caller, endpoint_id, **data)
     return await repository.get(session, endpoint_id)
 
 
@@ -68,7 +75,7 @@ async def remove(session: AsyncSession, caller: Caller, endpoint_id: UUID) -> No
 def unsealed(key: SecretKey, row: StoredEndpoint) -> ModelEndpoint:
     """What a run talks to; `key` is the platform's. Raise Unsealable."""
     credential = key.unseal(row.credential, aad=_aad(row.id)).decode()
-    return ModelEndpoint(row.base_url, credential, tuple(row.models))
+    return ModelEndpoint(row.base_url, credential, tuple(row.models), PRICES.validate_python(row.prices))
 
 
 def _seal(key: SecretKey, endpoint_id: UUID, credential: str) -> bytes:

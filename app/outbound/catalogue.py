@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 import httpx
+from pydantic import ValidationError
 
-from app.errors import Fault
+from app.errors import ConfigurationError, Fault
 from app.outbound.addresses import is_loopback, is_public
+from app.outbound.prices import PRICES, PriceIn, Prices
 from app.settings import Settings
 
 
@@ -20,6 +22,7 @@ class ModelEndpoint:
     base_url: str
     api_key: str = field(repr=False)
     models: tuple[str, ...]  # the first is the default
+    prices: Prices = field(default_factory=dict, hash=False)  # by model
 
 
 class ModelCatalogue:
@@ -45,6 +48,14 @@ class ModelCatalogue:
         """What is stored now, as a whole."""
         self._stored = dict(stored)
 
+    def priced(self, use: str, name: str | None) -> tuple[str, Sequence[PriceIn]]:
+        """The full name of a policy's model and its dated prices; of one that is not there, none."""
+        endpoint = self.endpoints.get(use)
+        if endpoint is None:
+            return (f"{use}/{name}" if name else use), ()
+        model = name or endpoint.models[0]
+        return f"{use}/{model}", endpoint.prices.get(model, ())
+
     def faults(self, use: str, name: str | None) -> list[Fault]:
         """What a policy that names this model gets wrong; empty where it may."""
         endpoint = self.endpoints.get(use)
@@ -62,11 +73,24 @@ def from_settings(settings: Settings, rehearsal: ModelEndpoint | None) -> ModelC
     endpoints: dict[str, ModelEndpoint] = {}
     if settings.model_api_key is not None:
         endpoints["default"] = ModelEndpoint(
-            settings.model_base_url, settings.model_api_key.get_secret_value(), settings.model_names
+            settings.model_base_url,
+            settings.model_api_key.get_secret_value(),
+            settings.model_names,
+            _prices(settings.model_prices),
         )
     if rehearsal is not None:
         endpoints["rehearsal"] = rehearsal
     return ModelCatalogue(endpoints)
+
+
+def _prices(texts: Mapping[str, Sequence[Mapping[str, str]]]) -> Prices:
+    try:
+        return PRICES.validate_python(texts)
+    except ValidationError:
+        raise ConfigurationError(
+            "BULKHEAD_MODEL_PRICES must be JSON such as"
+            ' {"model": [{"from": "2026-01-01", "input": "0.4", "output": "1.6"}]}.'
+        ) from None
 
 
 def base_url_fault(text: str, *, allow_loopback: bool) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import Final, Self
 
 
 class BuiltIn(StrEnum):
@@ -24,6 +24,9 @@ class BuiltIn(StrEnum):
     TOOL_SEARCH = "tool_search"
     KILL_SWITCH = "kill_switch"
     NOT_DECIDED = "not_decided"
+
+
+_BUILT_IN: Final = frozenset(BuiltIn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,16 @@ class Decision:
 
     def __bool__(self) -> bool:
         return self.allowed
+
+    @property
+    def kind(self) -> str:
+        """Of the rule, without what a tenant wrote: a built-in rule's name, else allow, deny, override or written."""
+        if self.rule in _BUILT_IN:
+            return self.rule
+        listed, is_listed, _ = self.rule.partition(":")  # no @id holds a colon or a bracket
+        if listed.startswith("overrides["):
+            return "override"
+        return listed if is_listed else "written"
 
     @classmethod
     def deny(cls, rule: str, reason: str) -> Self:

@@ -24,7 +24,6 @@ from app.policies.terms import InputRules, RunLimits
 
 # Keys of the full design that nothing enforces yet: refused by name, so that nobody believes in them.
 _LATER: Final = {
-    "limits": frozenset({"tenant_requests", "concurrent_runs", "tokens_per_day", "cost_usd_per_day"}),
     "tools": frozenset({"approve"}),
 }
 _OF_THE_TEMPLATE: Final = frozenset({"union_tag_not_found", "union_tag_invalid"})

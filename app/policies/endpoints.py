@@ -16,7 +16,7 @@ from app.auth.dependencies import OnlyOnce, Paging, TheDatabase, paging, require
 from app.caller import Caller
 from app.errors import Forbidden, Invalid
 from app.outbound.catalogue import ModelCatalogue
-from app.policies import switches, versions
+from app.policies import pricing, switches, versions
 from app.policies.caps import Caps
 from app.policies.document import PolicyDocument, PolicyInvalid, digest
 from app.policies.json_schema import document_schema
@@ -143,8 +143,13 @@ async def validate_policy(request: Request, caller: Writer) -> ValidatedOut:
     document = await _validated(request, caller, text)
     catalogue: ModelCatalogue = request.app.state.catalogue
     caps: Caps = request.app.state.caps
-    if faults := [*catalogue.faults(document.model.use, document.model.name), *caps.faults(document)]:
-        raise PolicyInvalid(faults=faults)
+    model = document.model
+    if found := [
+        *catalogue.faults(model.use, model.name),
+        *caps.faults(document),
+        *pricing.faults(document, catalogue, caps),
+    ]:
+        raise PolicyInvalid(faults=found)
     return ValidatedOut(digest=digest(text), servers=list(document.servers))
 
 

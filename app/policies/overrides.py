@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from app.errors import Fault
-from app.policies.sections import Expressions, Globs, Rate, Section
+from app.policies.sections import Expressions, Globs, Rate, Section, Usd
 from app.policies.strict_yaml import pointer
 from app.policies.terms import PRESETS, InputRules, Preset, RunLimits, longest, matching_fault
 
@@ -22,7 +22,9 @@ MAX_OVERRIDES: Final = 50
 MAX_GLOBS: Final = 1_000
 # Of all overrides; each is compiled to be counted, which takes up to some milliseconds.
 MAX_PATTERNS: Final = 200
-_COUNTED: Final = ("max_steps", "timeout_s", "max_tool_calls")
+_COUNTED: Final = ("max_steps", "timeout_s", "max_tool_calls", "user_concurrent_runs")
+# The policy's own bind the tenant, an override's each user that it means.
+_BUDGETS: Final = ("tokens_per_day", "cost_usd_per_day", "tool_calls_per_day")
 
 UserId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 
@@ -56,6 +58,14 @@ class NarrowerLimits(_Narrower):
     """Tool calls of one run, denied ones included."""
     requests: Rate | None = None
     """Queries of one user in a moving window; the policy's own `limits.requests` holds besides."""
+    user_concurrent_runs: int | None = Field(default=None, ge=1, le=1000)
+    """Runs of one user that are under way at once."""
+    tokens_per_day: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
+    """Tokens that each user who is meant may use a day; the policy's own `limits.tokens_per_day` holds besides."""
+    cost_usd_per_day: Usd | None = None
+    """What each user who is meant may cost a day; the policy's own `limits.cost_usd_per_day` holds besides."""
+    tool_calls_per_day: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Tool calls of each user who is meant, a day; the policy's own `limits.tool_calls_per_day` holds besides."""
 
 
 class NarrowerInput(_Narrower):
@@ -109,6 +119,7 @@ class Override(_Narrower):
 class Terms:
     """What holds for one caller: counts at their lowest, every rate, and all the screenings that a query must pass.
 
+    Costs are in micro-USD; budgets that are None do not bind.
     `screenings` are by the prefix that their rules have in verdicts: "" for the policy's own.
     """
 
@@ -116,6 +127,14 @@ class Terms:
     timeout_s: int
     max_tool_calls: int
     requests: tuple[str, ...]
+    concurrent_runs: int
+    user_concurrent_runs: int
+    tokens_per_day: int | None
+    cost_usd_per_day: int | None
+    user_tokens_per_day: int | None
+    user_cost_usd_per_day: int | None
+    tool_calls_per_day: int | None
+    user_tool_calls_per_day: int | None
     screenings: Mapping[str, InputRules]
 
     @property
@@ -132,8 +151,19 @@ def terms_of(limits: RunLimits, rules: InputRules, meant: Mapping[int, Override]
         counts: list[int | None] = [getattr(each, name) for each in all_limits]
         return min(count for count in counts if count is not None)
 
+    def narrowest(name: str) -> int | None:
+        budgets = (getattr(override.limits, name) for override in meant.values())
+        return min((budget for budget in budgets if budget is not None), default=None)
+
     return Terms(
         **{name: lowest(name) for name in _COUNTED},
+        user_tokens_per_day=narrowest("tokens_per_day"),
+        user_cost_usd_per_day=narrowest("cost_usd_per_day"),
+        user_tool_calls_per_day=narrowest("tool_calls_per_day"),
+        concurrent_runs=limits.concurrent_runs,
+        tokens_per_day=limits.tokens_per_day,
+        cost_usd_per_day=limits.cost_usd_per_day,
+        tool_calls_per_day=limits.tool_calls_per_day,
         requests=_lowest(each.requests for each in all_limits if each.requests),
         screenings={
             "": rules,
@@ -190,7 +220,7 @@ def _widening(limits: RunLimits, rules: InputRules, place: int, override: Overri
     own, screened = override.limits, override.input
     wider = [
         (f"limits/{name}", _is_more(getattr(own, name), getattr(limits, name)), getattr(limits, name))
-        for name in _COUNTED
+        for name in (*_COUNTED, *_BUDGETS)
     ]
     wider += [
         ("limits/requests", _is_faster(own.requests, limits.requests), limits.requests),
@@ -203,8 +233,8 @@ def _widening(limits: RunLimits, rules: InputRules, place: int, override: Overri
             yield Fault(pointer("overrides", place, *key.split("/")), message)
 
 
-def _is_more(count: int | None, base: int) -> bool:
-    return count is not None and count > base
+def _is_more(count: int | None, base: int | None) -> bool:
+    return count is not None and base is not None and count > base
 
 
 def _is_faster(rate: str | None, base: str) -> bool:

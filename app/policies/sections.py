@@ -5,13 +5,24 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+)
 
+from app.outbound.prices import USD_PATTERN, micro_usd, usd
 from app.policies.hosts import parse_host
 from app.policies.patterns import MAX_PATTERN_LENGTH, check_glob, compile_pattern
 
 MB: Final = 1024 * 1024
 SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(KB|MB)$"
+_USD: Final = re.compile(USD_PATTERN)
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,8})(KB|MB)")
 # For editors: what these refuse, the checks below refuse in better words.
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -37,6 +48,12 @@ def _bytes(size: object) -> object:
 def spelled_size(size: int) -> str:
     """A Size as an author writes it."""
     return f"{size // MB}MB" if size % MB == 0 else f"{size // 1024}KB"
+
+
+def _micro_usd(amount: object) -> object:
+    if not isinstance(amount, str) or not _USD.fullmatch(amount) or not (micro := micro_usd(amount)):
+        raise ValueError('must be an amount of USD above zero, as a text: "50" or "0.25"')
+    return micro
 
 
 def _expression(pattern: str) -> str:
@@ -68,6 +85,13 @@ Size = Annotated[
     BeforeValidator(_bytes),
     Field(ge=1, le=100 * MB),
     WithJsonSchema({"type": "string", "pattern": SIZE_PATTERN}),
+]
+# In micro-USD; written and shown as a decimal text, which no parser rounds.
+Usd = Annotated[
+    int,
+    BeforeValidator(_micro_usd),
+    PlainSerializer(usd, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": USD_PATTERN}),
 ]
 Expression = Annotated[
     str, AfterValidator(_expression), WithJsonSchema({"type": "string", "maxLength": MAX_PATTERN_LENGTH})

@@ -7,7 +7,7 @@ from typing import Final, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from app.policies.patterns import compile_pattern
-from app.policies.sections import Expressions, Rate, Section
+from app.policies.sections import Expressions, Rate, Section, Usd
 
 Preset = Literal["strict", "balanced", "off"]
 # From the loosest to the strictest.
@@ -23,7 +23,7 @@ _SHORTEST: Final = 1_000
 
 
 class RunLimits(Section):
-    """What one run, and one user's requests, are bounded by."""
+    """What one run, one user's requests, and all runs of a day are bounded by."""
 
     max_steps: int = Field(default=20, ge=1, le=100)
     """Model turns of one run."""
@@ -33,6 +33,18 @@ class RunLimits(Section):
     """Tool calls of one run, denied ones included."""
     requests: Rate = "10/minute"
     """Queries of one user in a moving window: a number and `second`, `minute`, `hour` or `day`."""
+    tenant_requests: Rate = "600/minute"
+    """Queries of the whole tenant in a moving window, likewise."""
+    concurrent_runs: int = Field(default=20, ge=1, le=1000)
+    """Runs of the tenant that are under way at once."""
+    user_concurrent_runs: int = Field(default=5, ge=1, le=1000)
+    """Runs of one user that are under way at once."""
+    tokens_per_day: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
+    """Tokens that all runs of the tenant may use, by the day (UTC) on which they begin; without it, any number."""
+    cost_usd_per_day: Usd | None = None
+    """What all runs of the tenant may cost, by the day (UTC) on which they begin: a decimal text, as "50"."""
+    tool_calls_per_day: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Tool calls that all runs of the tenant may make, by the day (UTC) on which they begin; denied ones are none."""
 
 
 class InputRules(Section):

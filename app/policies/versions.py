@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -52,12 +52,20 @@ class Version(VersionHead):
 
 @dataclass(frozen=True, slots=True)
 class ActivePolicy:
-    """The version that holds, parsed and compiled; a run keeps the one that it started under."""
+    """The version that holds, parsed and compiled; a run keeps the one that it started under.
+
+    `definition_hashes` are of the pinned definitions, by the names of the tools.
+    """
 
     version: int
     document: PolicyDocument
     compiled: CompiledPolicy
     tools: tuple[PinnedTool, ...]
+    definition_hashes: Mapping[str, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        hashes = {tool.name: definitions.digest([tool]) for tool in self.tools}
+        object.__setattr__(self, "definition_hashes", hashes)
 
 
 async def store(session: AsyncSession, caller: Caller, text: str) -> Version:
@@ -65,11 +73,9 @@ async def store(session: AsyncSession, caller: Caller, text: str) -> Version:
     digest = documents.digest(text)
     await tenants.lock(session, caller.tenant_id)  # gives two authors two numbers
     version = (await session.scalar(select(func.max(PolicyVersion.version))) or 0) + 1
-    await session.execute(
-        insert(PolicyVersion).values(
-            tenant_id=caller.tenant_id, version=version, document=text, digest=digest, created_by=caller.user_id
-        )
-    )
+    values = {"version": version, "document": text, "digest": digest, "created_by": caller.user_id}
+    # Beside the statement: what stands in one is kept with its compiled form, for as long as the process lives.
+    await session.execute(insert(PolicyVersion), {"tenant_id": caller.tenant_id, **values})
     event = Event(EventType.POLICY_CREATED, actor_id=caller.user_id, data={"version": version, "digest": digest})
     await audit.append(session, caller.tenant_id, event)
     return await get(session, version)
@@ -158,7 +164,7 @@ async def point(
     log = {"version": version, "replaced": before, "published_by": caller.user_id}
     await session.execute(insert(PolicyPublication).values(tenant_id=caller.tenant_id, id=new_id(), **log))
     kind = EventType.POLICY_ROLLED_BACK if is_rollback else EventType.POLICY_PUBLISHED
-    data = {"before": before, "after": version, "tools": len(tools)}
+    data = {"before": before, "after": version, "tools": len(tools), "tools_digest": definitions.digest(tools)}
     await audit.append(session, caller.tenant_id, Event(kind, actor_id=caller.user_id, data=data))
 
 
@@ -252,6 +258,14 @@ class PolicyCache:
             async with lock:
                 cached = self._fresh(tenant_id, generation) or await self._refresh(tenant_id, generation)
         return cached.active
+
+    def tenants(self) -> list[UUID]:
+        """Whose policies are here."""
+        return list(self._cached)
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Let a tenant's policy go."""
+        self._cached.pop(tenant_id, None)
 
     def _fresh(self, tenant_id: UUID, generation: int) -> _Cached | None:
         cached = self._cached.get(tenant_id)

@@ -5,10 +5,12 @@ The private attributes of mcp-use and langchain-openai used here are pinned by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Self
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any, Final, ParamSpec, Self
 
-import httpx
 import openai
 import orjson
 import structlog
@@ -23,14 +25,20 @@ from langchain_openai import ChatOpenAI
 from mcp_use import MCPAgent, MCPClient
 from pydantic import PrivateAttr
 
+from app.limits.budgets import Tokens
 from app.policies import tool_search
 from app.policies.engine import PinnedTool
 from app.policies.tool_search import ToolIndex
+from app.runs import observing
 from app.runs.context import RunContext, current_run
 from app.runs.gate import Gate
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 from app.runs.tool_search import FoundTools
+from app.runs.turns import send
+from app.telemetry import traces
+from app.telemetry.metrics import count_tokens, count_turn
 
+_Turn = ParamSpec("_Turn")
 _log = structlog.get_logger()
 # Far above any context window, and what 100 turns add up to still fits its column.
 _MAX_TURN_TOKENS: Final = 10_000_000
@@ -38,9 +46,42 @@ _MAX_BOUND: Final = 64
 _DEFAULT_INSTRUCTIONS: Final = "Answer the user's question. Use the tools where they help."
 
 
+class _ModelFailed(RunEnded):
+    """The model's endpoint, or what it sent, ends the run; `kind` says how, for the metrics."""
+
+    def __init__(self, ending: Ending, kind: str) -> None:
+        self.kind = kind
+        super().__init__(ending)
+
+
+def _counted(turn: Callable[_Turn, Awaitable[ChatResult]]) -> Callable[_Turn, Coroutine[Any, Any, ChatResult]]:
+    """Count and time a model's turn, unless the run may have no more of them."""
+
+    @wraps(turn)
+    async def counted(*args: _Turn.args, **kwargs: _Turn.kwargs) -> ChatResult:
+        model, started, result = current_run().model, time.monotonic(), "succeeded"
+        try:
+            return await turn(*args, **kwargs)
+        except _ModelFailed as error:
+            result = error.kind
+            raise
+        except asyncio.CancelledError:
+            result = "cancelled"
+            raise
+        except RunEnded:
+            result = ""
+            raise
+        finally:
+            if result:
+                count_turn(model, result, time.monotonic() - started)
+
+    return counted
+
+
 class GovernedChat(ChatOpenAI):
     """A chat model whose every turn is counted against the run and whose every fault ends it clearly."""
 
+    passes_trace: bool = False
     _bound: dict[tuple[int, ...], tuple[Sequence[Any], Runnable[LanguageModelInput, AIMessage]]] | None = PrivateAttr(
         default=None
     )
@@ -50,6 +91,12 @@ class GovernedChat(ChatOpenAI):
         own = self.model_copy()
         own._bound = {}  # noqa: SLF001  a copy of ours
         return own
+
+    def _traced_client(self) -> openai.AsyncOpenAI:
+        """Ids of ours are told to endpoints that the operator has named, and to nobody else."""
+        client: openai.AsyncOpenAI = self.root_async_client
+        traceparent = traces.current().traceparent if self.passes_trace else ""
+        return client.with_options(default_headers={"traceparent": traceparent}) if traceparent else client
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """Convert the tools' schemas once for the same tools of an agent, not on every turn."""
@@ -62,6 +109,7 @@ class GovernedChat(ChatOpenAI):
             self._bound[key] = (tools, super().bind_tools(tools, **kwargs))  # with the tools, to keep the ids valid
         return self._bound[key][1]
 
+    @_counted
     async def _agenerate(
         self,
         messages: list[BaseMessage],
@@ -73,17 +121,19 @@ class GovernedChat(ChatOpenAI):
         run.begin_model_turn()
         payload = self._get_request_payload(messages, stop=stop, **kwargs)
         try:
-            response = await self.root_async_client.post("/chat/completions", body=payload, cast_to=httpx.Response)
-            result = self._create_chat_result(orjson.loads(response.content))
-            message = result.generations[0].message
+            with observing.turn(run, self.model_name, messages) as span:
+                response = await send(self._traced_client(), run.meter, payload, retries=self.max_retries or 0)
+                result = self._create_chat_result(orjson.loads(response.content))
+                message = result.generations[0].message
+                observing.note_turn(span, message)
         except openai.APIStatusError as error:
-            raise _failed(f"The model endpoint answered with status {error.status_code}.") from None
+            raise _failed(f"The model endpoint answered with status {error.status_code}.", "status") from None
         except openai.APITimeoutError:
-            raise _failed("The model endpoint did not answer in time.") from None
+            raise _failed("The model endpoint did not answer in time.", "timeout") from None
         except openai.APIConnectionError as error:
             cause = type(error.__cause__).__name__
             _log.warning("model.unreachable", endpoint=str(self.root_async_client.base_url), cause=cause)
-            raise _failed("The model endpoint could not be reached, or broke off.") from None
+            raise _failed("The model endpoint could not be reached, or broke off.", "unreachable") from None
         except UnicodeEncodeError:
             raise _failed("The model sent tool arguments that are not valid Unicode.") from None
         except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -93,8 +143,8 @@ class GovernedChat(ChatOpenAI):
         return result
 
 
-def _failed(detail: str) -> RunEnded:
-    return RunEnded(Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, detail))
+def _failed(detail: str, kind: str = "malformed") -> _ModelFailed:
+    return _ModelFailed(Ending(MODEL_FAILED.state, MODEL_FAILED.code, MODEL_FAILED.http_status, detail), kind)
 
 
 def _note(run: RunContext, message: BaseMessage) -> None:
@@ -117,8 +167,14 @@ def _count(run: RunContext, message: AIMessage) -> None:
         return
     if not all(0 <= tokens <= _MAX_TURN_TOKENS for tokens in (usage["input_tokens"], usage["output_tokens"])):
         raise _failed("The model endpoint reports a number of tokens that cannot be.")
+    is_within = run.meter.correct(Tokens(usage["input_tokens"], usage["output_tokens"]))
     run.input_tokens += usage["input_tokens"]
     run.output_tokens += usage["output_tokens"]
+    count_tokens(
+        run.caller.tenant_id, run.model, input_tokens=usage["input_tokens"], output_tokens=usage["output_tokens"]
+    )
+    if run.meter.is_bounded and not is_within:
+        raise _failed("The model endpoint reports more tokens than it was asked for.")
 
 
 async def _refuse_direct_call(**_arguments: Any) -> str:

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from app.caller import Caller
 from app.keyring import SecretKey
+from app.limits.meter import Meter
 from app.policies.decision import BuiltIn, Decision
 from app.policies.engine import PinnedTool
 from app.policies.overrides import Terms
@@ -37,6 +38,7 @@ class Call:
     outcome: Outcome | None = None
     result: str = field(default="", repr=False)
     duration_ms: int | None = None
+    sandbox_hash: str | None = None
 
     @property
     def recorded_tool(self) -> str:
@@ -69,6 +71,7 @@ class RunContext:
     is_over: bool = False
     index: ToolIndex | None = None
     found: set[str] = field(default_factory=set)
+    meter: Meter = field(default_factory=Meter)
 
     @contextmanager
     def writing(self) -> Iterator[Sequence[Call]]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Request
 
 from app.audit import repository as audit
 from app.audit.aggregate import MinuteCounts
 from app.audit.events import Event, EventType
-from app.auth.dependencies import TheDatabase, requires
+from app.auth.dependencies import requires
 from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict
-from app.limits.rates import RateLimiter, Window, exceeded
+from app.limits.admission import Admission
 from app.policies.turns import Turns
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.runs.service import RunService
 from app.scopes import Scope
-from app.telemetry.metrics import VIOLATIONS
 
 
 class NoPolicy(Conflict):
@@ -48,34 +47,29 @@ async def active_policy(request: Request, caller: Asker) -> ActivePolicy:
     cache: PolicyCache = request.app.state.policies
     policy = await cache.current(caller.tenant_id, caller.generation)
     if policy is None:
+        admission: Admission = request.app.state.admission
+        request.state.rate_headers = await admission.unruled(caller)
+        await record_refusal(request, caller, NoPolicy.code)
         raise NoPolicy
     return policy
+
+
+async def record_refusal(request: Request, caller: Caller, reason: str) -> None:
+    """Of a query that leaves no run: the first of a user's in a minute."""
+    refusals: MinuteCounts[tuple[UUID, UUID, str]] = request.app.state.refusals
+    if refusals.is_first((caller.tenant_id, caller.user_id, reason)):
+        database: Database = request.app.state.database
+        async with database.transaction(caller.tenant_id) as session:
+            event = Event(EventType.QUERY_REFUSED, actor_id=caller.user_id, data={"reason": reason})
+            await audit.append(session, caller.tenant_id, event)
 
 
 ThePolicy = Annotated[ActivePolicy, Depends(active_policy)]
 
 
-async def rate_limited(
-    request: Request, response: Response, caller: Asker, policy: ThePolicy, database: TheDatabase
-) -> None:
-    """Count the request against the caller's own limits, and tell where it stands in headers.
-
-    Raises slowapi's RateLimitExceeded; the first refusal of a user in a minute is an audit event, the others
-    are counted in the metric.
-    """
-    limiter: RateLimiter = request.app.state.rate_limiter
-    limits = policy.document.terms_for(str(caller.user_id), caller.role.value).requests
-    window = await limiter.hit(*limits, tenant_id=caller.tenant_id, user_id=caller.user_id)
-    if not window.is_allowed:
-        VIOLATIONS.labels("rate_limit").inc()
-        refusals: MinuteCounts[tuple[UUID, UUID]] = request.app.state.rate_refusals
-        if refusals.is_first((caller.tenant_id, caller.user_id)):
-            await _record(database, caller, window)
-        raise exceeded(window)
-    response.headers.update(window.headers)
-
-
-async def _record(database: Database, caller: Caller, window: Window) -> None:
-    event = Event(EventType.RATE_LIMITED, actor_id=caller.user_id, data={"limit": str(window.limit)})
-    async with database.transaction(caller.tenant_id) as session:
-        await audit.append(session, caller.tenant_id, event)
+async def rate_limited(request: Request, caller: Asker, policy: ThePolicy) -> None:
+    """Count the query against the limits of its tenant, its user and its key; raises slowapi's RateLimitExceeded."""
+    admission: Admission = request.app.state.admission
+    requests = policy.document.terms_for(str(caller.user_id), caller.role.value).requests
+    tenant_requests = policy.document.limits.tenant_requests
+    request.state.rate_headers = await admission.query(caller, requests=requests, tenant_requests=tenant_requests)

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import structlog
@@ -18,7 +18,7 @@ from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.runs.agent import GovernedAgent, GovernedChat
 from app.runs.chats import Chats
-from app.runs.context import RunContext, running
+from app.runs.context import Call, RunContext, running
 from app.runs.gate import Gate
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
@@ -149,11 +149,12 @@ class Executor:
             search_above=policy.document.tools.search_above,
         )
 
-    async def _call_server(self, run: RunContext, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
-        server, _, name = tool.partition("__")
+    async def _call_server(self, run: RunContext, call: Call) -> CallToolResult:
+        server, _, name = call.tool.partition("__")
         try:
             async with self._servers.lend(_borrower(run), run.policy, server) as live:
-                return await live.call(name, arguments, timeout_s=self._tool_timeout_s, whom=_on_behalf(run))
+                call.sandbox_hash = live.sandbox_hash
+                return await live.call(name, call.arguments, timeout_s=self._tool_timeout_s, whom=_on_behalf(run))
         except SandboxUnavailable as error:
             detail = f"{error.detail} `bulkhead sandbox probe` and /readyz tell the operator what would help."
             raise RunEnded(replace(SANDBOX_UNAVAILABLE, detail=detail)) from None
@@ -162,6 +163,15 @@ class Executor:
         except ServerUnavailable as error:
             detail = self._redact.for_tenant(run.caller.tenant_id, error.detail)
             raise RunEnded(replace(SERVER_UNAVAILABLE, detail=detail)) from None
+
+    def tenants(self) -> set[UUID]:
+        """Whose agents are here."""
+        return {tenant_id for tenant_id, _, _ in self._agents}
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Let a tenant's agents go; runs in flight keep theirs."""
+        for key in [key for key in self._agents if key[0] == tenant_id]:
+            del self._agents[key]
 
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""

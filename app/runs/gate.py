@@ -16,6 +16,7 @@ from mcp.types import CallToolResult, TextContent
 from app.policies import tool_search
 from app.policies.decision import BuiltIn, Decision
 from app.policies.engine import ToolRequest
+from app.runs import observing
 from app.runs.context import Call, RunContext, current_run
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
@@ -23,7 +24,9 @@ from app.runs.state import Outcome, RunEnded
 from app.runs.tool_search import search
 from app.servers import deciding
 from app.servers.errors import ServerLost, ToolTimedOut
-from app.telemetry.metrics import TOOL_CALLS, VIOLATIONS
+from app.telemetry import security
+from app.telemetry.metrics import DECISIONS, count_tool_call
+from app.telemetry.security import Violation
 
 _MAX_RESULT_CHARS: Final = 60_000
 
@@ -31,8 +34,8 @@ _MAX_RESULT_CHARS: Final = 60_000
 class CallServer(Protocol):
     """Calls a tool of a live server of the run's tenant."""
 
-    async def __call__(self, run: RunContext, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
-        """Raise ToolTimedOut, ServerLost, or RunEnded where the server does not start."""
+    async def __call__(self, run: RunContext, call: Call) -> CallToolResult:
+        """Note on the call what it ran in. Raise ToolTimedOut, ServerLost, or RunEnded where no server starts."""
 
 
 class Gate(AgentMiddleware):
@@ -57,15 +60,20 @@ class Gate(AgentMiddleware):
         run = current_run()
         # LangChain makes the calls of a message side by side, and cancels the others once one of them raises, also
         # in the middle of their transactions: when a call ends is for the run to say.
-        task = run.keep(self._govern(run, run.begin_call(tool, arguments)))
+        task = run.keep(self._observed(run, run.begin_call(tool, arguments)))
         text, is_good = await asyncio.shield(task)
         return ToolMessage(content=text, tool_call_id=call_id, name=tool, status="success" if is_good else "error")
 
+    async def _observed(self, run: RunContext, call: Call) -> tuple[str, bool]:
+        with observing.tool_call(call):
+            return await self._govern(run, call)
+
     async def _govern(self, run: RunContext, call: Call) -> tuple[str, bool]:
         decision = await self._journal.record(run, call, _decide(run, call))
+        DECISIONS.labels("allowed" if decision else "denied", decision.kind).inc()
         if not decision:
-            TOOL_CALLS.labels("denied", "denied").inc()
-            VIOLATIONS.labels("tool_denied").inc()
+            count_tool_call(call.recorded_tool, Outcome.DENIED.value)
+            security.refuse(Violation.TOOL_DENIED, tool=call.recorded_tool, rule=decision.rule)
             return f"Denied by the policy (rule {decision.rule}): {decision.reason}", False
         started = time.monotonic()
         try:
@@ -83,7 +91,7 @@ class Gate(AgentMiddleware):
         if call.decision.rule == BuiltIn.TOOL_SEARCH:
             return Outcome.SUCCEEDED, search(run, call.arguments["query"])
         try:
-            result = await self._call_server(run, call.tool, call.arguments)
+            result = await self._call_server(run, call)
         except ToolTimedOut:
             return Outcome.TIMED_OUT, "The tool did not answer in time."
         except ServerLost:
@@ -93,9 +101,10 @@ class Gate(AgentMiddleware):
     def _close(self, run: RunContext, call: Call, outcome: Outcome, text: str, started: float) -> None:
         call.outcome = outcome
         call.result = self._redact.beginning(run.caller.tenant_id, text, most=_MAX_RESULT_CHARS)
-        call.duration_ms = round((time.monotonic() - started) * 1000)
+        seconds = time.monotonic() - started
+        call.duration_ms = round(seconds * 1000)
         run.unwritten.append(call)
-        TOOL_CALLS.labels("allowed", outcome.value).inc()
+        count_tool_call(call.recorded_tool, outcome.value, seconds=seconds)
 
 
 def _decide(run: RunContext, call: Call) -> Decision:

@@ -15,6 +15,7 @@ from app.audit.events import Event, EventType
 from app.db import Database
 from app.policies.decision import BuiltIn, Decision
 from app.runs import contents
+from app.runs.budgets import take_call
 from app.runs.context import Call, RunContext
 from app.runs.models import ToolCall
 from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
@@ -45,7 +46,8 @@ class Journal:
     async def record(self, run: RunContext, call: Call, decision: Decision) -> Decision:
         """Commit the decision on a call, and give it back, or a denial where a kill switch has been engaged.
 
-        Raise RunEnded where the run must stop now; then nothing of the call is recorded, since nothing is done.
+        Raise RunEnded where the run must stop now, or a budget has no room for the call; then nothing of the call is
+        recorded, since nothing is done.
         """
         with run.writing() as noted:
             async with self._database.transaction(run.caller.tenant_id) as session:
@@ -58,6 +60,8 @@ class Journal:
                     call.decision = decision
                     call.outcome = None if decision else Outcome.DENIED
                     await self._insert(session, run, call)
+                    if decision:
+                        await take_call(session, run)  # last: what it locks is held until the commit
         if ending is not None:
             raise RunEnded(ending)
         return decision
@@ -125,6 +129,7 @@ def _decided(run: RunContext, call: Call, arguments: str) -> Event:
         "decision": "allowed" if call.decision else "denied",
         "rule": call.decision.rule,
         "policy_version": run.policy.version,
+        "definition_hash": run.policy.definition_hashes.get(call.tool),
         "arguments_hmac": run.hash_key.mac("audit", arguments.encode()).hex(),
     }
     return Event(EventType.TOOL_DECIDED, actor_id=run.caller.user_id, run_id=run.run_id, data=data)
@@ -137,5 +142,6 @@ def _finished(run: RunContext, call: Call) -> Event:
         "outcome": call.outcome,
         "duration_ms": call.duration_ms,
         "result_hmac": run.hash_key.mac("audit", call.result.encode()).hex(),
+        "sandbox_hash": call.sandbox_hash,
     }
     return Event(EventType.TOOL_FINISHED, actor_id=run.caller.user_id, run_id=run.run_id, data=data)

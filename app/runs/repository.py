@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -16,6 +17,14 @@ from app.caller import Caller
 from app.runs.context import RunContext
 from app.runs.models import Run, ToolCall
 from app.runs.state import Ending, Outcome, State, StopCause
+
+# No ending of ours leaves one: each settles in its own transaction.
+_LEFT_RESERVED: Final = text("""
+select b.tenant_id, b.run_id from budget_reservations b
+join runs r on r.tenant_id = b.tenant_id and r.id = b.run_id
+where r.state not in ('running', 'waiting_approval')
+limit :limit
+""")
 
 
 async def add(
@@ -93,13 +102,23 @@ async def renew_leases(session: AsyncSession, run_ids: Sequence[UUID], *, lease_
 
 
 @dataclass(frozen=True, slots=True)
+class Journalled:
+    """A call as it stands in the journal once its run has ended."""
+
+    recorded_tool: str
+    outcome: Outcome
+    duration_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A run that was ended for its dead process, and the calls (sequence, tool) whose outcome nobody knows."""
+    """A run that was ended for its dead process, and its calls; `calls` (sequence, tool) have no known outcome."""
 
     tenant_id: UUID
     run_id: UUID
     user_id: UUID
     calls: Sequence[tuple[int, str]]
+    journalled: Sequence[Journalled]
 
 
 async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Sequence[Interrupted]:
@@ -120,13 +139,34 @@ async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Seque
         .execution_options(synchronize_session=False)
     )
     runs = (await session.execute(statement)).all()
-    calls = await _leave_unknown(session, [row.id for row in runs]) if runs else []
+    if not runs:
+        return []
+    calls = await _leave_unknown(session, [row.id for row in runs])
+    journalled = await _journalled(session, [row.id for row in runs])
     return [
         Interrupted(
-            row.tenant_id, row.id, row.user_id, sorted((n, tool) for run_id, n, tool in calls if run_id == row.id)
+            row.tenant_id,
+            row.id,
+            row.user_id,
+            sorted((n, tool) for run_id, n, tool in calls if run_id == row.id),
+            journalled.get(row.id, ()),
         )
         for row in runs
     ]
+
+
+async def _journalled(session: AsyncSession, run_ids: Sequence[UUID]) -> Mapping[UUID, Sequence[Journalled]]:
+    query = select(ToolCall.run_id, ToolCall.tool, ToolCall.outcome, ToolCall.duration_ms)
+    found: dict[UUID, list[Journalled]] = {}
+    for row in (await session.execute(query.where(ToolCall.run_id.in_(run_ids)))).all():
+        found.setdefault(row.run_id, []).append(Journalled(row.tool, Outcome(row.outcome), row.duration_ms))
+    return found
+
+
+async def left_reserved(session: AsyncSession, *, limit: int = 500) -> Sequence[tuple[UUID, UUID]]:
+    """Platform role: runs (tenant, run) that have ended, whoever ended them, and still have something reserved."""
+    rows = await session.execute(_LEFT_RESERVED, {"limit": limit})
+    return [(row.tenant_id, row.run_id) for row in rows.all()]
 
 
 async def _leave_unknown(session: AsyncSession, run_ids: Sequence[UUID]) -> Sequence[tuple[UUID, int, str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -16,15 +18,20 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict, NotFound
 from app.keyring import Keyring, SecretKey
+from app.limits.queue import Busy, RunQueue
 from app.policies.screening import Verdict
 from app.policies.versions import ActivePolicy, published_version
-from app.runs import contents, repository
+from app.runs import contents, observing, repository
 from app.runs.admission import Admission
+from app.runs.budgets import Budgets
 from app.runs.context import RunContext
 from app.runs.executor import Executor
 from app.runs.journal import Journal
 from app.runs.state import INTERRUPTED, NO_TOOLS, QUERY_REFUSED, Ending, StopCause, cancelled
 from app.runs.stops import read_orders
+from app.telemetry import security
+from app.telemetry.metrics import SCREENINGS, count_run
+from app.telemetry.security import Violation
 from app.tenants import keys as tenant_keys
 from app.tenants import repository as tenants
 from app.tenants.service import open_tenant_key
@@ -49,16 +56,36 @@ class Answered:
     ending: Ending
 
 
+_Opened = tuple[RunContext, list[BaseMessage], Ending | None]
+
+
+class _NoRoom(Exception):
+    """Rolls back what a run would have begun with."""
+
+    def __init__(self, busy: Busy) -> None:
+        self.busy = busy
+
+
 class RunService:
     """The way of a query from a caller to a recorded ending."""
 
     def __init__(
-        self, *, database: Database, keyring: Keyring, journal: Journal, executor: Executor, lease_s: float
+        self,
+        *,
+        database: Database,
+        keyring: Keyring,
+        journal: Journal,
+        executor: Executor,
+        queue: RunQueue,
+        budgets: Budgets,
+        lease_s: float,
     ) -> None:
         self._database = database
         self._keyring = keyring
         self._journal = journal
         self._executor = executor
+        self._queue = queue
+        self._budgets = budgets
         self._lease_s = lease_s
         self._admission = Admission()
         self._answering: set[asyncio.Task[Answered]] = set()
@@ -68,21 +95,49 @@ class RunService:
 
         A refusal is an ending like any other: recorded, committed, then returned.
         """
-        task = asyncio.create_task(self._answer(caller, policy, question), name=f"answer {question.run_id}")
+        observing.name(question.run_id)
+        task = asyncio.create_task(self._observed(caller, policy, question), name=f"answer {question.run_id}")
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
+        task.add_done_callback(partial(_count, time.monotonic()))
         return task
 
+    async def _observed(self, caller: Caller, policy: ActivePolicy, question: Question) -> Answered:
+        with observing.answering(
+            caller,
+            policy,
+            run_id=question.run_id,
+            conversation_id=question.conversation_id,
+            query=question.text,
+        ) as span:
+            answered = await self._answer(caller, policy, question)
+            observing.answered(span, answered.run, answered.ending)
+        return answered
+
     async def _answer(self, caller: Caller, policy: ActivePolicy, question: Question) -> Answered:
-        run, history, denied = await self._open(caller, policy, question)
-        if denied is not None:
-            return Answered(run, denied)
-        ending, cause = await self._executor.execute(run, question.text, history)
-        return Answered(run, await self._finish(run, ending, cause))
+        terms = policy.document.terms_for(str(caller.user_id), caller.role.value)
+        verdict = await self._admission.verdict(caller.tenant_id, question.text, terms)
+        SCREENINGS.labels("refused" if not verdict else "flagged" if verdict.flags else "allowed").inc()
+        if not verdict:
+            security.refuse(Violation.INVALID_QUERY, rule=verdict.rule)
+        async with self._queue.turn(
+            question.run_id,
+            tenant_id=caller.tenant_id,
+            user_id=caller.user_id,
+            begin=partial(self._open, caller, policy, question, verdict),
+        ) as (run, history, denied):
+            if denied is not None:
+                return Answered(run, denied)
+            ending, cause = await self._executor.execute(run, question.text, history)
+            return Answered(run, await self._finish(run, ending, cause))
 
     def stop(self, run_id: UUID, cause: StopCause) -> None:
         """Interrupt a run of this process; nothing happens where it has ended."""
         self._executor.stop(run_id, cause)
+
+    def withdraw(self, run_id: UUID) -> None:
+        """Let a run that waits to begin not begin; nothing happens where it has begun."""
+        self._queue.withdraw(run_id)
 
     async def order_cancel(self, caller: Caller, run_id: UUID, *, user_id: UUID | None) -> None:
         """Order a run on whatever process to stop. Raise NotFound, or Conflict where it has ended."""
@@ -94,15 +149,19 @@ class RunService:
 
     async def close(self) -> None:
         """Stop every run of this process and wait until each has its ending."""
+        self._queue.close()
         await self._executor.close()
         if self._answering:
             await asyncio.wait(self._answering, timeout=10)
 
-    async def _open(
-        self, caller: Caller, policy: ActivePolicy, question: Question
-    ) -> tuple[RunContext, list[BaseMessage], Ending | None]:
-        terms = policy.document.terms_for(str(caller.user_id), caller.role.value)
-        verdict = await self._admission.verdict(caller.tenant_id, question.text, terms)
+    async def _open(self, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict) -> _Opened | Busy:
+        """Begin the run, or record why it may not; on Busy nothing was written."""
+        try:
+            return await self._record(caller, policy, question, verdict)
+        except _NoRoom as full:
+            return full.busy
+
+    async def _record(self, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict) -> _Opened:
         denied = _denial(caller, policy, verdict)
         async with self._database.transaction(caller.tenant_id) as session:
             run = await self._new_run(session, caller, policy, question.run_id)
@@ -112,9 +171,19 @@ class RunService:
             await contents.add(session, run, contents.Kind.QUERY, question.text)
             cause = None if denied else await self._stopped(session, run)
             denied = cancelled(cause) if cause else denied
-            await audit.append(session, caller.tenant_id, *_beginnings(run, question, verdict, denied, cause=cause))
             history = [] if denied else await self._history(session, run, question.conversation_id)
+            denied = denied or await self._reserve(session, run)
+            await audit.append(session, caller.tenant_id, *_beginnings(run, question, verdict, denied, cause=cause))
         return run, history, denied
+
+    async def _reserve(self, session: AsyncSession, run: RunContext) -> Ending | None:
+        """What speaks against the run; raise _NoRoom where others have to end first."""
+        refusal = await self._budgets.reserve(session, run)
+        if isinstance(refusal, Busy):
+            raise _NoRoom(refusal)
+        if refusal is not None:
+            await repository.finish(session, run, refusal, None)
+        return refusal
 
     async def _stopped(self, session: AsyncSession, run: RunContext) -> StopCause | None:
         """Why the run ends before it has begun, where a kill switch holds or the caller was stopped meanwhile."""
@@ -153,7 +222,8 @@ class RunService:
             if is_ours:
                 if run.answer:
                     await contents.add(session, run, contents.Kind.ANSWER, run.answer)
-                await audit.append(session, run.caller.tenant_id, _finished(run, ending, cause))
+                await audit.append(session, run.caller.tenant_id, *_endings(run, ending, cause))
+                await self._budgets.settle(session, run)
         return ending if is_ours else INTERRUPTED
 
     async def read_texts(self, caller: Caller, run_id: UUID, user_id: UUID) -> tuple[str | None, str | None]:
@@ -173,6 +243,13 @@ class RunService:
             return None
         tenant_key = await open_tenant_key(session, self._keyring, tenant_id)
         return tenant_keys.open_user_key(tenant_key, user.wrapped_key, user_id=user_id)
+
+
+def _count(began: float, answering: asyncio.Task[Answered]) -> None:
+    """In the metrics, once it is recorded; what kept it from being so is told to the caller."""
+    if not answering.cancelled() and answering.exception() is None:
+        run, ending = answering.result().run, answering.result().ending
+        count_run(run.caller.tenant_id, ending.state.value, ending.code, seconds=time.monotonic() - began)
 
 
 def _denial(caller: Caller, policy: ActivePolicy, verdict: Verdict) -> Ending | None:
@@ -203,9 +280,17 @@ def _beginnings(
         policy_version=run.policy.version,
     )
     if denied is not None:
-        return [received, screened, _finished(run, denied, cause)]
+        return [received, screened, *_endings(run, denied, cause)]
     started = event(EventType.RUN_STARTED, policy_version=run.policy.version, model=run.model)
     return [received, screened, started]
+
+
+def _endings(run: RunContext, ending: Ending, cause: StopCause | None) -> list[Event]:
+    finished = _finished(run, ending, cause)
+    if ending.limit is None:
+        return [finished]
+    hit = {"limit": ending.limit}
+    return [Event(EventType.LIMIT_EXCEEDED, actor_id=run.caller.user_id, run_id=run.run_id, data=hit), finished]
 
 
 def _finished(run: RunContext, ending: Ending, cause: StopCause | None) -> Event:

@@ -21,12 +21,16 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a run ends: its state, a stable code (None for success), the answer's HTTP status, and a message."""
+    """How a run ends: its state, a stable code (None for success), the answer's HTTP status, and a message.
+
+    `limit` is the budget that had no room, where it was one.
+    """
 
     state: State
     code: str | None
     http_status: int
     detail: str = ""
+    limit: str | None = None
 
     @property
     def answers(self) -> bool:
@@ -37,6 +41,11 @@ class Ending:
 SUCCEEDED: Final = Ending(State.SUCCEEDED, None, 200)
 QUERY_REFUSED: Final = Ending(State.DENIED, "query_refused", 422, "The query was refused by a screening rule.")
 NO_TOOLS: Final = Ending(State.DENIED, "no_tools", 409, "The tenant's policy allows no tool.")
+BUDGET_EXHAUSTED: Final = Ending(State.DENIED, "budget_exhausted", 429, "A budget of the policy is used up.")
+BUDGET_SPENT: Final = Ending(State.FAILED, "budget_exhausted", 429, "A budget of the policy has no room for more.")
+MODEL_UNPRICED: Final = Ending(
+    State.DENIED, "model_unpriced", 409, "The policy has a budget of costs, and its model has no price."
+)
 MODEL_FAILED: Final = Ending(State.FAILED, "model_failed", 502, "The model did not give a usable answer.")
 SANDBOX_UNAVAILABLE: Final = Ending(
     State.FAILED, "sandbox_unavailable", 503, "Tool servers cannot be sandboxed here, so none was started."

@@ -19,7 +19,7 @@ from app.runs.state import StopCause
 # The validity of tenant, user and key as of now; nothing here is cached.
 _ORDERS: Final = text("""
 select r.id, r.state, r.cancel_cause,
-       t.status = 'disabled' as tenant_disabled,
+       t.status <> 'active' as tenant_disabled,
        u.disabled_at is not null as user_disabled,
        k.id is not null and (k.revoked_at is not null or k.expires_at <= now()) as key_revoked,
        array(

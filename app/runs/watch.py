@@ -14,20 +14,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import PLATFORM_TENANT
+from app.limits import service as budgets
+from app.limits.usage import Spent
 from app.platform_db import PlatformDatabase
 from app.runs import repository
+from app.runs.budgets import tallies
 from app.runs.executor import Executor
 from app.runs.repository import Interrupted
-from app.runs.state import INTERRUPTED, Outcome, StopCause
+from app.runs.state import INTERRUPTED, Outcome, State, StopCause
 from app.runs.stops import read_orders
 from app.servers.pool import ServerPool
+from app.telemetry.metrics import count_run
 
 _log = structlog.get_logger()
 _REAP_EVERY_S: Final = 2.0
 # A tenant's generation changes with all that its live servers were started by: its policy, its switches, its status.
 _GENERATIONS: Final = text("""
 select t.id, t.generation,
-       t.status = 'disabled' or exists (
+       t.status <> 'active' or exists (
            select 1 from kill_switches s
            where s.tenant_id in (t.id, :platform) and s.scope in ('all', 'tenant') and s.lifted_at is null
        ) as is_stopped
@@ -101,9 +105,15 @@ class Watch:
     async def reap(self) -> None:
         """End the runs whose lease has run out, each with its event."""
         async with self._platform.transaction() as session:
-            for ended in await repository.interrupt_expired(session):
+            interrupted = await repository.interrupt_expired(session)
+            for ended in interrupted:
                 await audit.append(session, ended.tenant_id, *_endings(ended))
                 _log.warning("run.interrupted", tenant_id=str(ended.tenant_id), run_id=str(ended.run_id))
+                count_run(ended.tenant_id, State.INTERRUPTED.value, INTERRUPTED.code)
+            # Last, for it locks the tenants' accounts. What a dead process has used, nobody knows: all it had reserved.
+            spent = {run: Spent() for run in await repository.left_reserved(session)}
+            spent |= {(ended.tenant_id, ended.run_id): Spent(tools=tallies(ended.journalled)) for ended in interrupted}
+            await budgets.settle(session, spent)
 
 
 def _endings(ended: Interrupted) -> Iterator[Event]:
@@ -114,6 +124,7 @@ def _endings(ended: Interrupted) -> Iterator[Event]:
             "outcome": Outcome.UNKNOWN,
             "duration_ms": None,
             "result_hmac": None,
+            "sandbox_hash": None,
         }
         yield Event(EventType.TOOL_FINISHED, actor_id=ended.user_id, run_id=ended.run_id, data=data)
     data = {"state": INTERRUPTED.state, "code": INTERRUPTED.code, "cause": "process_died"}

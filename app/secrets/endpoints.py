@@ -200,7 +200,7 @@ async def read_binding(
 
 
 @router.delete(
-    f"{_BINDINGS}/{{name}}", status_code=204, summary="Remove a binding", responses=responses(401, 403, 404, 422)
+    f"{_BINDINGS}/{{name}}", status_code=204, summary="Remove a binding", responses=responses(401, 403, 404, 409, 422)
 )
 async def unbind_secret(
     tenant_id: Annotated[AccessibleTenantID, Depends(acting("secret.unbind"))],

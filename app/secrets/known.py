@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, Final
-from urllib.parse import quote, quote_plus, unquote, urlsplit
+from urllib.parse import quote, quote_plus, unquote
 from uuid import UUID
 
 import re2
@@ -26,6 +27,8 @@ _MAX_TEXTS: Final = 250  # of one tenant: those that it has now, and the newest 
 _MANY: Final = 1_000
 _MEMORY_BYTES: Final = 32 << 20  # what RE2 may take for what it has seen; with less it would become slow
 _MARK: Final = "[redacted]"
+# Who logs in by a URL. The library's own way would keep the last hundred URLs that it has split, which may be secrets.
+_USER: Final = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)@")
 
 
 class KnownTexts:
@@ -53,6 +56,15 @@ class KnownTexts:
         if len(texts) > _MAX_TEXTS:
             texts.popitem(last=False)
         self._searches[tenant_id] = _Search(dict(texts))
+
+    def tenants(self) -> list[UUID]:
+        """Of whom there are any."""
+        return list(self._texts)
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Those of a tenant whom nobody reads any more."""
+        self._searches.pop(tenant_id, None)
+        self._texts.pop(tenant_id, None)
 
     def redact(self, tenant_id: UUID, text: str) -> str:
         """The text without any form of what the tenant has had resolved."""
@@ -117,11 +129,9 @@ def forms(text: str) -> frozenset[str]:
 
 
 def _passwords(text: str) -> Iterator[str]:
-    try:
-        password = urlsplit(text).password
-    except ValueError:
-        return
-    if password and len(password) >= SHORTEST:
+    found = _USER.match(text)
+    password = found[1].partition(":")[2] if found else ""
+    if len(password) >= SHORTEST:
         yield from (password, unquote(password))
 
 

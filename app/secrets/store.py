@@ -93,6 +93,16 @@ class TenantSecrets:
         """The text without any that this process has resolved for the tenant, as it is or in a common encoding."""
         return self._known.redact(tenant_id, text)
 
+    def tenants(self) -> list[UUID]:
+        """Whose texts are here."""
+        return self._known.tenants()
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Let a tenant's texts go, also those that nobody holds any more."""
+        for place in [place for place in self._held if place[0] == tenant_id]:
+            del self._held[place]
+        self._known.forget(tenant_id)
+
     async def resolve(self, tenant_id: UUID, names: frozenset[str]) -> Secrets:
         """The tenant's secrets of these names; raise SecretUnavailable, which names the first that is missing."""
         if not names:
@@ -262,7 +272,8 @@ class TenantSecrets:
 
     async def _refresh(self) -> None:
         """What nobody has asked for in a while is forgotten instead."""
-        self._failures.take_finished()
+        with self._failures.finished():
+            pass  # how many followed a first is of no interest
         now = time.monotonic()
         for place, held in list(self._held.items()):
             if self._age(held) < self._ttl_s:

@@ -93,6 +93,7 @@ class LiveServer:
         self.bounds = Bounds()
         self.has_died = False
         self.identify: Identify | None = None
+        self.sandbox_hash: str | None = None
         self._launch = launch
         self._stderr = stderr
         self._template = template

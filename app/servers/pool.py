@@ -13,12 +13,15 @@ from uuid import UUID
 
 import structlog
 
+from app.servers import observing
 from app.servers.backoff import Backoff
 from app.servers.errors import ServerFailed, ServerUnavailable
 from app.servers.live import LiveServer
 from app.servers.places import Ask, Places, Shares
 from app.servers.usage import Usage
+from app.telemetry import traces
 from app.telemetry.metrics import CRASH_LOOPS, LIVE_SERVERS, SERVER_DEATHS, SERVER_STARTS
+from app.telemetry.traces import NOTHING, Span
 
 Start = Callable[[], Awaitable[LiveServer]]
 State = Literal["starting", "live", "idle", "ending", "waiting"]
@@ -75,6 +78,7 @@ class _Entry:
     starting: asyncio.Task[LiveServer]
     users: int = 0
     generation: int = 0
+    start: Span = NOTHING
     unused: asyncio.Event = field(default_factory=asyncio.Event)
     since: float = field(default_factory=time.monotonic)
     last_used: float = field(default_factory=time.monotonic)
@@ -192,7 +196,11 @@ class ServerPool:
         await asyncio.wait({entry.ask.granted}, timeout=wait_s)
         if not entry.has_place:
             raise ServerUnavailable("All places for tool servers are in use.")
-        return await asyncio.shield(entry.starting)
+        is_new = not entry.starting.done()
+        server = await asyncio.shield(entry.starting)
+        if is_new:
+            traces.current().link(entry.start)  # of whoever asks first, or at the same time
+        return server
 
     def _begin(self, key: ServerKey, start: Start) -> _Entry:
         ask = self._places.ask(key.tenant_id)
@@ -200,7 +208,8 @@ class ServerPool:
         async def begin() -> LiveServer:
             await ask.granted
             try:
-                server = await start()
+                with observing.starting(key.server, key.template) as entry.start:
+                    server = await start()
             except BaseException:
                 SERVER_STARTS.labels(key.template, "failed").inc()
                 raise

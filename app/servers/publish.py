@@ -12,7 +12,7 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Fault
 from app.outbound.catalogue import ModelCatalogue
-from app.policies import checks, definitions, versions
+from app.policies import checks, definitions, pricing, versions
 from app.policies import document as documents
 from app.policies.caps import Caps
 from app.policies.definitions import Change
@@ -66,6 +66,7 @@ async def prepare(
         document = await to_thread.run_sync(documents.parse, text)
         await _check_writable(workspaces, document)
         faults = catalogue.faults(document.model.use, document.model.name) + caps.faults(document)
+        faults += pricing.faults(document, catalogue, caps)
         tools = await _list_tools(servers, caller, document, faults)
         try:
             await to_thread.run_sync(compile_policy, document, tools)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from app.errors import Fault
 from app.policies.document import DeclaredServer, PolicyInvalid
 from app.sandbox.cgroups import Cgroup, Cgroups
 from app.sandbox.contract import Profile, Sandbox
+from app.sandbox.fingerprint import fingerprint
 from app.secrets.contract import Secrets, SecretStore
 from app.servers import running
 from app.servers.egress import Client, Egress, Way
@@ -103,6 +105,10 @@ class Starter:
         """What the servers of that name have written to stderr."""
         return self._premises.logs / str(tenant_id) / f"{name}.stderr"
 
+    async def forget(self, tenant_id: UUID) -> None:
+        """Remove what the tenant's servers have written to stderr: it may quote what they were told."""
+        await to_thread.run_sync(shutil.rmtree, self._premises.logs / str(tenant_id), True)  # ignore_errors
+
     async def make_room(self, borrower: Borrower, declared: DeclaredServer) -> None:
         """The part of a start that may take long: the first server that may write makes all files of a tenant move."""
         await self._folder(borrower, declared)
@@ -139,6 +145,7 @@ class Starter:
                 is_ours=template.is_ours,
             )
             live.identify = identify
+            live.sandbox_hash = fingerprint(profile, backend=self._sandbox.name)
             live.bounds = bounds(declared, environment)
         try:
             await live.start(timeout_s=self._timeout_s)

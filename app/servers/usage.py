@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from app.telemetry.metrics import SERVER_CPU, SERVER_MEMORY, SERVER_OOM_KILLS
+from app.telemetry.metrics import LIVE_MEMORY, SERVER_CPU, SERVER_MEMORY, SERVER_OOM_KILLS
 
 MAX_PROCESSES: Final = 512  # a server's bound on processes is far below
 _STAT_FIELDS: Final = 20  # up to starttime, the last that anybody asks for
@@ -124,6 +124,7 @@ class Meter:
         cpu_seconds = max(before.cpu_seconds, now.cpu_seconds)
         peak = max(before.memory_peak_bytes, now.memory_peak_bytes, now.memory_bytes)
         SERVER_CPU.labels(self._template).inc(cpu_seconds - before.cpu_seconds)
+        LIVE_MEMORY.labels(self._template).inc(now.memory_bytes - before.memory_bytes)
         self.last = Usage(now.memory_bytes, peak, cpu_seconds, now.oom_kills)
 
     def finish(self) -> None:
@@ -134,5 +135,6 @@ class Meter:
             self._observe()
 
     def _observe(self) -> None:
+        LIVE_MEMORY.labels(self._template).dec(self.last.memory_bytes)
         SERVER_OOM_KILLS.labels(self._template).inc(self.last.oom_kills)
         SERVER_MEMORY.labels(self._template).observe(self.last.memory_peak_bytes)

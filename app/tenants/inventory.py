@@ -98,6 +98,11 @@ def _strip(folder: int, top: int) -> list[str]:
     return moved
 
 
+def names_in(folder: Path) -> list[str]:
+    """Of the folders in a folder, which need not be there."""
+    return sorted(path.name for path in _within(folder))
+
+
 def _position(user_id: UUID | None, name: str) -> str:
     return f"{user_id or ''}/{name}"
 

@@ -1,7 +1,7 @@
 """Where a tenant's and a user's data keys are made and opened: root key > tenant key > user key.
 
-What a user wrote or read is sealed with the user key, so that destroying one row's key erases it everywhere,
-backups included. The tenant key also makes the keyed hashes of the audit record.
+What a user wrote or read is sealed with the user key, so that destroying one row's key erases all of it but in copies
+of the database that still hold the key. The tenant key also makes the keyed hashes of the audit record.
 """
 
 from __future__ import annotations

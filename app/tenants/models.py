@@ -19,10 +19,11 @@ class Tenant(Base):
 
     `generation` grows with every change that a cache must not outlive. `sandbox_uid` is the host user that
     its tool servers run as where the service runs as root; it comes from a sequence and is never reused.
+    Of an erased one `wrapped_key` is empty, and nothing that was sealed under it can be opened.
     """
 
     __tablename__ = "tenants"
-    __table_args__ = (CheckConstraint("status in ('active', 'disabled')", name="status"),)
+    __table_args__ = (CheckConstraint("status in ('active', 'disabled', 'erased')", name="status"),)
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     slug: Mapped[str] = mapped_column(unique=True)
@@ -53,6 +54,9 @@ class User(Base):
             "(role = 'platform_admin') = (tenant_id = '00000000-0000-7000-8000-000000000000')",
             name="platform_admins_belong_to_no_tenant",
         ),
+        CheckConstraint(
+            "erased_at is null or (wrapped_key is null and subject is null and disabled_at is not null)", name="erased"
+        ),
     )
 
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
@@ -63,4 +67,5 @@ class User(Base):
     subject: Mapped[str | None]
     wrapped_key: Mapped[bytes | None] = mapped_column(LargeBinary)
     disabled_at: Mapped[datetime | None]
+    erased_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

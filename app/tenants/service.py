@@ -12,12 +12,12 @@ from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import PLATFORM_TENANT
 from app.db import new_id
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, NotFound, Unauthenticated
 from app.keyring import Keyring, Sealed, SecretKey
 from app.platform_db import PlatformDatabase
 from app.scopes import Role
 from app.tenants import keys, repository
-from app.tenants.models import User
+from app.tenants.models import Tenant, User
 
 # A tenant that an admin of the platform may act for, on the record: made by `accessible` alone.
 AccessibleTenantID = NewType("AccessibleTenantID", UUID)
@@ -27,6 +27,12 @@ class NameTaken(Conflict):
     """There is one by this name already."""
 
     code = "name_taken"
+
+
+class Erased(Conflict):
+    """It has been erased, which nobody can undo."""
+
+    code = "erased"
 
 
 class LastAdmin(Conflict):
@@ -45,21 +51,22 @@ async def create_tenant(session: AsyncSession, keyring: Keyring, *, slug: str, a
             await repository.insert_tenant(session, tenant_id, slug=slug, key=wrapped)
     except IntegrityError:
         raise NameTaken from None
-    await _record_for_both(session, tenant_id, created)
+    await record_for_both(session, tenant_id, created)
     return tenant_id
 
 
 async def set_tenant_active(session: AsyncSession, tenant_id: UUID, *, is_active: bool, actor_id: UUID) -> None:
-    """Platform role: disable or enable a tenant; its runs in flight stop within a second. Raise NotFound."""
+    """Platform role: disable or enable a tenant; its runs in flight stop within a second. Raise NotFound, Erased."""
     status = "active" if is_active else "disabled"
     kind = EventType.TENANT_ENABLED if is_active else EventType.TENANT_DISABLED
+    refuse_erased(await repository.get_tenant(session, tenant_id))
     before = await repository.set_tenant_status(session, tenant_id, status)
     event = Event(kind, actor_id=actor_id, data={"tenant_id": tenant_id, "before": before, "after": status})
-    await _record_for_both(session, tenant_id, event)
+    await record_for_both(session, tenant_id, event)
 
 
 async def accessible(platform: PlatformDatabase, tenant_id: UUID, *, actor_id: UUID, action: str) -> AccessibleTenantID:
-    """Let an admin of the platform act for a tenant, on the platform's record first. Raise NotFound.
+    """Let an admin of the platform act for a tenant, on the platform's record first. Raise NotFound, Erased.
 
     What is done then stands in the tenant's own record too, in the transaction that does it.
     """
@@ -67,12 +74,19 @@ async def accessible(platform: PlatformDatabase, tenant_id: UUID, *, actor_id: U
         raise NotFound
     acted = Event(EventType.PLATFORM_ACTED, actor_id=actor_id, data={"tenant_id": tenant_id, "action": action})
     async with platform.transaction() as session:
-        await repository.get_tenant(session, tenant_id)
+        refuse_erased(await repository.get_tenant(session, tenant_id))
         await audit.append(session, PLATFORM_TENANT, acted)
     return AccessibleTenantID(tenant_id)
 
 
-async def _record_for_both(session: AsyncSession, tenant_id: UUID, event: Event) -> None:
+def refuse_erased(found: Tenant | User) -> None:
+    """Raise Erased for what is no more."""
+    is_erased = found.status == "erased" if isinstance(found, Tenant) else found.erased_at is not None
+    if is_erased:
+        raise Erased
+
+
+async def record_for_both(session: AsyncSession, tenant_id: UUID, event: Event) -> None:
     """What the platform does to a tenant stands in both records."""
     await audit.append(session, tenant_id, event)
     if tenant_id != PLATFORM_TENANT:
@@ -80,8 +94,10 @@ async def _record_for_both(session: AsyncSession, tenant_id: UUID, event: Event)
 
 
 async def open_tenant_key(session: AsyncSession, keyring: Keyring, tenant_id: UUID) -> SecretKey:
-    """The tenant's data key; raise NotFound or Unsealable."""
+    """The tenant's data key; raise NotFound, Unsealable, or Unauthenticated where it has been erased meanwhile."""
     tenant = await repository.get_tenant(session, tenant_id)
+    if tenant.status == "erased":
+        raise Unauthenticated
     return keys.open_tenant_key(keyring, Sealed(tenant.key_id, tenant.wrapped_key), tenant_id=tenant_id)
 
 
@@ -122,30 +138,33 @@ async def add_user(
 async def set_user_active(
     session: AsyncSession, tenant_id: UUID, user_id: UUID, *, is_active: bool, actor_id: UUID
 ) -> None:
-    """Disable or enable a user; runs in flight stop within a second. Raise NotFound, LastAdmin."""
+    """Disable or enable a user; runs in flight stop within a second. Raise NotFound, Erased, LastAdmin."""
     kind = EventType.USER_ENABLED if is_active else EventType.USER_DISABLED
     await repository.bump_generation(session, tenant_id)  # the user's live servers end by it
+    user = await repository.get_user(session, user_id)
+    refuse_erased(user)
     if not is_active:
-        await _leave_an_admin(session, await repository.get_user(session, user_id))
+        await leave_an_admin(session, user)
     before = await repository.set_user_disabled(session, user_id, is_disabled=not is_active)
     data = {"user_id": user_id, "before": {"disabled": before}, "after": {"disabled": not is_active}}
     await audit.append(session, tenant_id, Event(kind, actor_id=actor_id, data=data))
 
 
 async def set_role(session: AsyncSession, tenant_id: UUID, user_id: UUID, *, role: Role, actor_id: UUID) -> None:
-    """Change what a user may do, from its next request on. Raise NotFound, LastAdmin."""
+    """Change what a user may do, from its next request on. Raise NotFound, Erased, LastAdmin."""
     await repository.bump_generation(session, tenant_id)  # its lock lets two admins not take each other's role
     user = await repository.get_user(session, user_id)
+    refuse_erased(user)
     before = Role(user.role)
     if before is not role:
-        await _leave_an_admin(session, user)
+        await leave_an_admin(session, user)
     await repository.set_user_role(session, user_id, role)
     data = {"user_id": user_id, "before": {"role": before}, "after": {"role": role}}
     await audit.append(session, tenant_id, Event(EventType.USER_ROLE_CHANGED, actor_id=actor_id, data=data))
 
 
-async def _leave_an_admin(session: AsyncSession, user: User) -> None:
-    """Nobody but the platform could make one for a tenant that has none, and nobody for the platform."""
+async def leave_an_admin(session: AsyncSession, user: User) -> None:
+    """Nobody but the platform could make one for a tenant that has none, and nobody for the platform: LastAdmin."""
     is_admin = user.role in (Role.TENANT_ADMIN, Role.PLATFORM_ADMIN) and user.disabled_at is None
     if is_admin and not await repository.has_other_admin(session, user):
         raise LastAdmin

@@ -115,6 +115,19 @@ class Volumes:
                     fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._unmount(self._folder(tenant_id))
 
+    def discard(self, tenant_id: UUID) -> None:
+        """Remove the tenant's volume with all that is in it. Raise VolumeUnavailable while something uses it."""
+        if not self.has(tenant_id):
+            return
+        with self._turn(tenant_id), _explained(tenant_id):
+            if (used := self._used.pop(tenant_id, None)) is not None:
+                os.close(used)
+            if images.is_mounted(self._folder(tenant_id)):
+                images.unmount(self._folder(tenant_id))
+            for kind in (".new", *_MADE):
+                self._named(tenant_id, kind).unlink(missing_ok=True)
+            _sync(self._images)
+
     def _folder(self, tenant_id: UUID) -> Path:
         return self._workspaces / str(tenant_id)
 
@@ -169,7 +182,7 @@ class Volumes:
             images.run("cp", "-a", "-x", "--", f"{folder}/.", place, keep=keep)
         except ImageFailed as error:
             room = os.statvfs(place)
-            _log.warning("workspaces.not_moved", error=str(error), free_bytes=room.f_bavail * room.f_frsize)
+            _log.warning("workspaces.not_moved", error=_without_names(error), free_bytes=room.f_bavail * room.f_frsize)
             self._unfit_until[tenant_id] = time.monotonic() + _UNFIT_S
             raise self._too_small() from None
 
@@ -212,7 +225,7 @@ class Volumes:
         try:
             images.run("rm", "-rf", "--", *(f"/proc/self/fd/{below}/{name}" for name in left), keep=(below,))
         except ImageFailed as error:
-            _log.warning("workspaces.not_emptied", error=str(error))  # tried again at the next mount
+            _log.warning("workspaces.not_emptied", error=_without_names(error))  # tried again at the next mount
         else:
             image.rename(image.with_suffix(".img"))
 
@@ -258,6 +271,11 @@ def _lock(path: Path, how: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _without_names(error: ImageFailed) -> str:
+    """What coreutils say of it at the end, after the files' names, which are the tenant's."""
+    return str(error).rpartition(": ")[2]
 
 
 def _sync(path: Path) -> None:

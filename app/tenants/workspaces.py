@@ -171,15 +171,15 @@ class WorkspaceStore:
                 with disk.told(), beneath.open_new(staging, staged) as file:
                     await self._receive(content, file, tenant, upload)
                     await disk.threaded(self._quick, _flush, file, owner_uid)
-                async with self._alone(tenant_id) as current:
-                    if not os.path.samestat(os.fstat(staging), os.fstat(current)):
-                        raise Unavailable("The tenant's files were moved to a volume meanwhile. Send the file again.")
-                    try:
+                try:
+                    async with self._alone(tenant_id) as current:
+                        if not os.path.samestat(os.fstat(staging), os.fstat(current)):
+                            raise Unavailable("The tenant's files were moved meanwhile. Send the file again.")
                         await disk.threaded(self._walks, self._check_room, place, staging, tenant.staged_bytes)
-                    except NotFound:
-                        raise Conflict("The workspace was deleted meanwhile. Send the file again.") from None
-                    async with recorded:
-                        return await disk.threaded(self._quick, _move, staging, staged, place)
+                        async with recorded:
+                            return await disk.threaded(self._quick, _move, staging, staged, place)
+                except NotFound:  # the workspace, or all of an erased tenant's
+                    raise Conflict("The workspace was deleted meanwhile. Send the file again.") from None
 
     async def read(self, tenant_id: UUID, name: str, *, path: str) -> Download:
         await self._settle(tenant_id)
@@ -223,6 +223,11 @@ class WorkspaceStore:
             async with recorded:
                 removed = await disk.threaded(self._quick, inventory.take_away, directory, staging)
             await disk.threaded(self._moves, inventory.destroy, staging, removed)
+
+    async def names_of(self, tenant_id: UUID, user_id: UUID) -> Sequence[str]:
+        """The workspaces that are one user's own."""
+        await self._settle(tenant_id)
+        return await disk.threaded(self._quick, inventory.names_in, self._root / str(tenant_id) / USERS / str(user_id))
 
     def _tenant(self, tenant_id: UUID) -> UnderWay:
         return self._tenants.setdefault(tenant_id, UnderWay())

@@ -119,7 +119,12 @@ async def test_no_text_of_a_caller_is_in_an_audit_event(
     await tenant.user.ask(f"tell {nonce} \0")
     assert nonce not in str(await tenant.admin.events())
     mac = SecretKey.mac
-    monkeypatch.setattr(SecretKey, "mac", lambda key, use, data: data if use == "audit" else mac(key, use, data))
+
+    def plain(key: SecretKey, use: str, data: bytes) -> bytes:
+        """What passes for a hash by its length alone."""
+        return data[-32:].rjust(32) if use == "audit" else mac(key, use, data)
+
+    monkeypatch.setattr(SecretKey, "mac", plain)
     await tenant.user.ask(f"tell {nonce}")
     assert nonce.encode().hex() in str(await tenant.admin.events())
 

@@ -72,7 +72,7 @@ REFUSED = [
     ("docs__read_file\u200b", OWN, "unknown_tool"),
     ("docs____read_file", OWN, "unknown_tool"),
     ("docs__", OWN, "unknown_tool"),
-    ("docs__" + "x" * 100_000, OWN, "unknown_tool"),
+    ("docs__" + "x" * 900, OWN, "unknown_tool"),
     # Arguments that the tool's schema does not know, or that no schema can describe.
     ("docs__read_file", "[]", "schema"),
     ("docs__read_file", "null", "schema"),
@@ -100,9 +100,10 @@ async def test_a_call_that_the_policy_denies_never_reaches_the_server(
 
 
 NOWHERE = ["nope__read_file", "Docs__read_file", " docs__read_file", "read_file", "docs", "", "docs.read_file", "\0"]
+NOWHERE += ["docs__" + "x" * 100_000]
 
 
-@pytest.mark.parametrize("name", NOWHERE)
+@pytest.mark.parametrize("name", NOWHERE, ids=[f"{name[:24]!a}" for name in NOWHERE])
 async def test_a_call_to_no_server_is_denied_and_on_the_record(
     attacked: Service, model: HijackedModel, tenant: Tenant, name: str
 ) -> None:

@@ -232,7 +232,8 @@ async def test_an_issuer_whose_keys_cannot_be_had_is_unavailable_and_lets_nobody
         response = await (await service.client(token)).get("/v1/me")
     assert (response.status_code, response.json()["code"]) == (503, "unavailable")
     assert str(origin.port) not in response.text
-    assert [entry["event"] for entry in logs] == ["request.failed"]
+    # The service's own loops may speak meanwhile.
+    assert [entry["event"] for entry in logs if entry["event"].startswith("request.")] == ["request.failed"]
     assert token not in repr(logs)
 
 

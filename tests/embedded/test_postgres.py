@@ -133,7 +133,7 @@ def elsewhere(script: str, cluster: EmbeddedPostgres) -> str:
 def test_each_role_comes_in_by_its_url_and_can_do_no_more_than_it_needs(shared: EmbeddedPostgres) -> None:
     urls = shared.provision()
     assert urls.owner is not None
-    for url in (urls.owner, urls.app, urls.platform):
+    for url in (urls.owner, urls.app, urls.platform, urls.sealer):
         role = make_url(url).username
         assert ask(url, "SELECT current_user") == role
         assert ask(url, POWERS) == "(t,f,f,f,f,f)"

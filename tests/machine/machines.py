@@ -134,6 +134,12 @@ class Up:
         """What it has said on its standard error."""
         return self._complaint.read_text()
 
+    @property
+    def troubles(self) -> list[str]:
+        """Exceptions: those in its log, and those that Python itself told of."""
+        said = [*self.printed.splitlines(), *self.complaint.splitlines()]
+        return [line for line in said if '"exception": ' in line or "Traceback" in line]
+
     async def ready(self, *, patience_s: float = 90) -> float:
         """Wait for the words that say so; the seconds since its start, less those that it queued for a processor."""
         await self.until(lambda: _READY in self.printed, patience_s=patience_s)

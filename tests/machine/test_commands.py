@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +18,6 @@ from app.db import DatabaseUrls
 from app.keyring import new_entry
 from tests.machine.machines import Machine, Up
 from tests.service import Databases, new_client
-
-pytestmark = pytest.mark.xdist_group("machine")
 
 
 async def test_the_printed_token_names_a_user_of_the_demo_to_the_service(running: Up) -> None:
@@ -43,10 +43,25 @@ async def test_metrics_answer_to_the_token_of_the_demo_alone(running: Up) -> Non
         assert (await user.get("/metrics")).status_code == 401
 
 
-async def test_serving_says_nothing_of_each_request(running: Up) -> None:
+async def test_a_request_is_in_the_log_and_nothing_is_said_beside_it(running: Up) -> None:
     async with running.caller() as user:
-        assert (await user.ask("What does welcome.md say?")).is_success
+        answer = await user.ask("What does welcome.md say?")
+    assert answer.is_success
+    said = f'"request_id": "{answer.headers["x-request-id"]}"'
+    await running.until(lambda: any(said in line and '"http.request"' in line for line in running.printed.splitlines()))
     assert running.complaint == ""
+    assert running.troubles == []
+
+
+async def test_an_exception_shows_wherever_it_is_said(tmp_path: Path) -> None:
+    """The control of every "no troubles" here."""
+    program = "import structlog; from app.telemetry import logs; logs.configure('info')\n"
+    program += "structlog.get_logger().error('bad', exc_info=LookupError())\n1 / 0"
+    crashed = Machine(tmp_path / "none", command=(sys.executable, "-c")).spawn(program)
+    assert await crashed.ended() == 1
+    logged, told = crashed.troubles
+    assert json.loads(logged)["exception"] == "builtins.LookupError"
+    assert told == "Traceback (most recent call last):"
 
 
 async def test_a_busy_port_is_said_before_anything_is_started(machine: Machine) -> None:
@@ -113,14 +128,14 @@ async def test_the_sandbox_is_probed_on_demand(machine: Machine) -> None:
     [
         ({"PORT": "eighty"}, "BULKHEAD_PORT: Input should be a valid integer"),
         ({"MODEL_TIMEOUT_S": "0"}, "BULKHEAD_MODEL_TIMEOUT_S: Input should be greater than 0"),
-        ({"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"}, "DATABASE_APP_URL and DATABASE_PLATFORM_URL"),
+        ({"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"}, "DATABASE_APP_URL, DATABASE_PLATFORM_URL"),
         ({"PROT": "hunter2"}, "There is no setting BULKHEAD_PROT"),
         ({"ROOT_KEYS": "k1:hunter2"}, "Key 'k1' of the keyring is not 32 random bytes"),
         (
             {"ROOT_KEYS": "k1:hunter2", "EGRESS_PRIVATE_NETWORKS": '{"ftech": ["10.0.0.0/8"]}'},
             "BULKHEAD_EGRESS_PRIVATE_NETWORKS: there is no template ftech",
         ),
-        ({}, "Set BULKHEAD_DATABASE_APP_URL and BULKHEAD_DATABASE_PLATFORM_URL"),
+        ({}, "Set BULKHEAD_DATABASE_APP_URL, BULKHEAD_DATABASE_PLATFORM_URL, BULKHEAD_DATABASE_SEALER_URL"),
     ],
 )
 async def test_a_setting_that_is_wrong_or_missing_is_named_without_its_value(
@@ -128,7 +143,8 @@ async def test_a_setting_that_is_wrong_or_missing_is_named_without_its_value(
 ) -> None:
     if "ROOT_KEYS" in settings:  # read after the others
         unused = "postgresql+asyncpg://nobody@127.0.0.1:1/none"
-        settings |= {"DATABASE_APP_URL": unused, "DATABASE_PLATFORM_URL": unused, "MODEL_API_KEY": "any"}
+        settings |= {f"DATABASE_{role}_URL": unused for role in ("APP", "PLATFORM", "SEALER")}
+        settings |= {"MODEL_API_KEY": "any"}
     serve = await machine.run("serve", **settings)
     assert serve.status == 1
     assert said in serve.complaint
@@ -141,6 +157,7 @@ def _external(urls: DatabaseUrls, **settings: str) -> dict[str, str]:
         "DATABASE_OWNER_URL": urls.owner or "",
         "DATABASE_APP_URL": urls.app,
         "DATABASE_PLATFORM_URL": urls.platform,
+        "DATABASE_SEALER_URL": urls.sealer,
         "ROOT_KEYS": new_entry("k1"),
         **settings,
     }
@@ -167,9 +184,11 @@ async def _served(machine: Machine) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = machine.spawn("serve", MODEL_API_KEY="any", PORT=str(port))
-    await serve.until(lambda: "serving" in serve.complaint)
+    await serve.until(lambda: '"serving"' in serve.printed)
     yield f"http://127.0.0.1:{port}"
     assert await serve.interrupt() == 0
+    assert all(json.loads(line)["event"] for line in serve.printed.splitlines()), "a log for machines, and nothing else"
+    assert serve.complaint == ""
 
 
 async def test_a_database_of_another_version_is_left_alone(machine: Machine, databases: Databases) -> None:
@@ -183,22 +202,22 @@ async def test_a_database_of_another_version_is_left_alone(machine: Machine, dat
         refused = await machine.run(command)
         assert refused.status == 1
         assert "from_tomorrow" in refused.complaint
-        assert "Traceback" not in refused.complaint
+        assert refused.complaint.count("\n") == 1
 
 
 async def test_a_database_that_does_not_answer_is_said_without_its_password(machine: Machine, tmp_path: Path) -> None:
     url = f"postgresql+asyncpg://someone:hunter2@/bulkhead?host={tmp_path}"
-    machine.settings = _external(DatabaseUrls(url, url, url), MODEL_API_KEY="any")
+    machine.settings = _external(DatabaseUrls(url, url, url, url), MODEL_API_KEY="any")
     for command in (("up",), ("admin", "bootstrap")):
         refused = await machine.run(*command)
         assert refused.status == 1
         assert refused.complaint.startswith("bulkhead: The database cannot be used: ")
         assert "hunter2" not in refused.complaint
-        assert "Traceback" not in refused.complaint
+        assert refused.complaint.count("\n") == 1
 
 
 async def test_the_sql_of_the_roles_is_printed_for_a_prefix(machine: Machine) -> None:
     roles = await machine.run("db", "roles", "--prefix", "acme")
     assert roles.status == 0
-    for purpose in ("owner", "app", "platform"):
+    for purpose in ("owner", "app", "platform", "sealer"):
         assert f"CREATE ROLE acme_{purpose} LOGIN NOSUPERUSER NOBYPASSRLS" in roles.output

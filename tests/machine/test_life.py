@@ -16,8 +16,6 @@ from tests.machine.machines import Machine, Up
 from tests.service import DEFAULT_MODEL_POLICY
 from tests.slow_model import slow_model
 
-pytestmark = pytest.mark.xdist_group("machine")
-
 _NAMES = {
     "BULKHEAD_URL",
     "BULKHEAD_API_KEY",
@@ -37,7 +35,7 @@ async def _put_and_ask(up: Up, name: str, text: str) -> dict[str, object]:
     return run
 
 
-async def test_a_first_start_answers_and_a_second_is_ready_within_5_seconds_and_keeps_the_data(
+async def test_a_first_start_answers_and_a_second_keeps_the_data(
     machine: Machine,
 ) -> None:
     first = machine.spawn("up")
@@ -52,10 +50,10 @@ async def test_a_first_start_answers_and_a_second_is_ready_within_5_seconds_and_
     keys = machine.env
     assert await first.interrupt() == 0
     assert await machine.is_empty()
-    assert "Traceback" not in first.complaint
+    assert first.troubles == []
 
     second = machine.spawn("up")
-    assert await second.ready() < 5
+    await second.ready()
     assert {**machine.env, "BULKHEAD_URL": ""} == {**keys, "BULKHEAD_URL": ""}
     async with second.caller() as user:
         kept = (await user.get(f"/v1/runs/{run['run_id']}")).json()

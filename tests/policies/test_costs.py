@@ -15,10 +15,10 @@ import pytest
 from app.policies import engine
 from app.policies.document import PolicyInvalid, parse
 from app.policies.engine import CompiledPolicy
-from app.policies.overrides import Terms
+from app.policies.overrides import Terms, terms_of
 from app.policies.patterns import compile_pattern
 from app.policies.screening import screen
-from app.policies.terms import InputRules
+from app.policies.terms import InputRules, RunLimits
 from app.runs import admission
 from app.runs.admission import Admission
 from tests.policies.samples import ask, policy, refusals
@@ -115,6 +115,11 @@ async def turns_during(work: Coroutine[Any, Any, object]) -> int:
 FOLDED: Final = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000))) * 5
 
 
+def _terms(rules: InputRules) -> Terms:
+    """Those of a policy that says nothing else."""
+    return terms_of(RunLimits(), rules, {})
+
+
 @pytest.mark.parametrize(
     ("query", "rules"),
     [
@@ -128,14 +133,14 @@ async def test_others_have_their_turn_while_a_query_is_screened(query: str, rule
     async def on_the_loop() -> None:
         screen(query, allowed)
 
-    terms = Terms(1, 1, 1, (), {"": allowed})
+    terms = _terms(allowed)
     assert await turns_during(on_the_loop()) <= 1
     assert await turns_during(Admission().verdict(TENANT, query, terms)) > 5
 
 
 async def test_who_asks_much_at_once_waits_for_itself_and_not_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each screening waits in its thread for another one beside it."""
-    terms = Terms(1, 1, 1, (), {"": InputRules(block=("a",))})
+    terms = _terms(InputRules(block=("a",)))
     entrance = Admission()
     for tenants, patience_s, are_alone in (((TENANT, OTHER), 10, False), ((TENANT, TENANT), 0.2, True)):
         both = threading.Barrier(2, timeout=patience_s)

@@ -92,7 +92,7 @@ def test_ten_faults_give_ten_errors() -> None:
 schema: bulkhead/2
 surprise: 1
 model: {temperature: 3}
-limits: {max_steps: 0, timeout_s: 9999, requests: often, tokens_per_day: 5}
+limits: {max_steps: 0, timeout_s: 9999, requests: often, tokens_per_day: 0}
 input: {block: ["("]}
 servers: {docs: {template: filesystem, root: ../etc}}
 tools: {allow: ["docs__?"]}
@@ -115,8 +115,6 @@ tools: {allow: ["docs__?"]}
     ("section", "path", "message"),
     [
         ("tools: {approve: [a__b]}", "/tools/approve", "approve is not enforced yet"),
-        ("limits: {tokens_per_day: 1}", "/limits/tokens_per_day", "tokens_per_day is not enforced yet"),
-        ("limits: {cost_usd_per_day: '50'}", "/limits/cost_usd_per_day", "cost_usd_per_day is not enforced yet"),
         (site("allowed_hosts: [a.example], dsn: x"), "/servers/site/dsn", "dsn is a key of another template"),
         ("approve: [a__b]", "/approve", "approve is not a known key"),
         ("tools: {alow: []}", "/tools/alow", "alow is not a known key"),

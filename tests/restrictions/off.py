@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.limits.rates import RateLimiter, Window
+from app.limits.rates import RateLimiter
+from app.limits.windows import Bound, Verdict
 from app.policies import screening
 from app.policies.decision import Decision
 from app.policies.document import PolicyDocument
@@ -48,8 +49,8 @@ def rate(patch: pytest.MonkeyPatch) -> None:
     """The window refuses nobody."""
     hit = RateLimiter.hit
 
-    async def agreeable(self: RateLimiter, *limits: str, **whose: Any) -> Window:
-        return dataclasses.replace(await hit(self, *limits, **whose), is_allowed=True)
+    async def agreeable(self: RateLimiter, *bounds: Bound) -> Verdict:
+        return dataclasses.replace(await hit(self, *bounds), is_allowed=True)
 
     patch.setattr(RateLimiter, "hit", agreeable)
 

@@ -19,7 +19,6 @@ from tests.restrictions import off
 from tests.restrictions.conftest import Ground
 from tests.service import Tenant
 
-pytestmark = pytest.mark.xdist_group("restrictions")
 SECRET: Final = "secret-in-a-file"
 BIG: Final = SECRET + "x" * 2_000
 # No more characters than the tool's schema allows, and too many bytes all the same.

@@ -18,7 +18,6 @@ from tests.restrictions.conftest import Ground
 from tests.servers.site import LOCAL, SECRET
 from tests.service import Tenant
 
-pytestmark = pytest.mark.xdist_group("restrictions")
 DECLARED: Final = "site: {{template: fetch, {}}}"
 
 

@@ -15,7 +15,6 @@ from tests.restrictions.conftest import Ground
 from tests.servers.hostile import SCRIPT
 from tests.service import Tenant
 
-pytestmark = pytest.mark.xdist_group("restrictions")
 SING, HANG = (Call("docs__act", f'{{"what": "{what}"}}') for what in ("sing", "hang"))
 # Until what is tested is said, nothing else is in the way.
 OPEN = (
@@ -86,7 +85,10 @@ def limited(bound: Bound) -> str:
     return policy
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.limit)
+OF_TENANTS = Bound("tenant_requests: 2/minute", many_requests, "rate_limited", off.rate)
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, OF_TENANTS], ids=lambda bound: bound.limit)
 async def test_a_limit_of_the_policy_ends_what_goes_past_it(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, bound: Bound
 ) -> None:

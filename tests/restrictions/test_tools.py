@@ -14,7 +14,6 @@ from tests.restrictions.conftest import Ground
 from tests.servers.hostile import SCRIPT
 from tests.service import Tenant
 
-pytestmark = pytest.mark.xdist_group("restrictions")
 SING = Call("docs__act", '{"what": "sing"}')
 DID = "did sing"
 TOOLS = 'tools: {allow: ["docs__*"]}\n'

@@ -48,6 +48,6 @@ async def test_chats_are_kept_for_the_latest_temperatures_alone() -> None:
             kept.get("default", None, temperature=number / 1000 + 0.001)
             kept.get("default", None, temperature=2)
         assert len(kept._chats) == _MAX_CHATS
-        temperatures = {temperature for _, _, temperature in kept._chats}
+        temperatures = {temperature for _, _, temperature, _ in kept._chats}
         assert 2 in temperatures
         assert 0 not in temperatures

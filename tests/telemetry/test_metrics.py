@@ -32,6 +32,17 @@ async def scrape(service: Service) -> Samples:
     }
 
 
+async def asking(service: Service, *, requests: str) -> Tenant:
+    """A tenant whose users may ask so often."""
+    policy = POLICY.replace("100000/minute", requests).replace("servers:", "input: {preset: strict}\nservers:")
+    return await service.new_tenant(policy=policy, files={"note.md": "hello"})
+
+
+@pytest.fixture(scope="module")
+async def tenant(service: Service) -> Tenant:
+    return await asking(service, requests="100/minute")
+
+
 async def succeed(_service: Service, tenant: Tenant) -> httpx.Response:
     return await tenant.user.ask("What does note.md say?")
 
@@ -40,9 +51,10 @@ async def be_refused(_service: Service, tenant: Tenant) -> httpx.Response:
     return await tenant.user.ask("../" * 100 + "etc/passwd")
 
 
-async def hurry(_service: Service, tenant: Tenant) -> httpx.Response:
+async def hurry(service: Service, _tenant: Tenant) -> httpx.Response:
+    slow = await asking(service, requests="1/minute")
     for _ in range(2):
-        answer = await tenant.user.ask("What does note.md say?")
+        answer = await slow.user.ask("What does note.md say?")
     return answer
 
 
@@ -82,11 +94,8 @@ OUTCOMES: Final = [
     ("ask", "http_status", "status", "violation"), OUTCOMES, ids=[name for _, _, name, _ in OUTCOMES]
 )
 async def test_every_query_counts_whatever_became_of_it(
-    service: Service, ask: Ask, http_status: int, status: str, violation: str | None
+    service: Service, tenant: Tenant, ask: Ask, http_status: int, status: str, violation: str | None
 ) -> None:
-    requests = "1/minute" if ask is hurry else "100/minute"
-    policy = POLICY.replace("100000/minute", requests).replace("servers:", "input: {preset: strict}\nservers:")
-    tenant = await service.new_tenant(policy=policy, files={"note.md": "hello"})
     before = await scrape(service)
     assert (await ask(service, tenant)).status_code == http_status
     after = await scrape(service)
@@ -102,8 +111,7 @@ async def test_every_query_counts_whatever_became_of_it(
         assert grown("mcp_security_violations_total", violation) == 1
 
 
-async def test_what_is_no_query_is_not_counted_as_one(service: Service) -> None:
-    tenant = await service.new_tenant()
+async def test_what_is_no_query_is_not_counted_as_one(service: Service, tenant: Tenant) -> None:
     before = await scrape(service)
     await tenant.user.get("/v1/me")
     await tenant.user.get("/query")
@@ -118,8 +126,7 @@ async def test_live_servers_are_gauged(fresh_service: Service) -> None:
     assert (await scrape(fresh_service))["bulkhead_live_servers", "filesystem"] == before + 1
 
 
-async def test_no_user_tenant_or_text_is_a_label(service: Service) -> None:
-    tenant = await service.new_tenant(files={"note.md": "hello"})
+async def test_no_user_tenant_or_text_is_a_label(service: Service, tenant: Tenant) -> None:
     await tenant.user.ask("What does note.md say?")
     await tenant.user.get(f"/v1/runs/{tenant.id}")
     async with new_client(service.url, service.metrics_token) as scraper:

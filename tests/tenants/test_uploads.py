@@ -254,7 +254,8 @@ async def test_without_an_event_no_file_is_written_deleted_or_read(service: Serv
         ]
     assert [answer.status_code for answer in answers] == [503] * 4
     assert "old" not in answers[-1].text
-    assert await tenant.admin.events() == before
+    after = await tenant.admin.events()
+    assert [event for event in after if event["type"] != "error.raised"] == before, "what was told is an event"
     assert [file["path"] for file in (await tenant.admin.get(FILES)).json()["items"]] == ["a.md"]
     assert (await tenant.admin.get(f"{FILES}/a.md")).text == "old"
 
@@ -264,6 +265,7 @@ async def test_a_file_that_is_read_leaves_an_event(service: Service) -> None:
     assert (await tenant.admin.get(f"{FILES}/a.md")).status_code == 200
     assert (await tenant.admin.get(f"{FILES}/none.md")).status_code == 404
     written, read = [event for event in await tenant.admin.events() if event["type"].startswith("workspace.")]
+    del written["data"]["content_hmac"]
     assert (read["type"], read["data"]) == ("workspace.file_read", written["data"])
     assert read["actor_id"] == (await tenant.admin.get("/v1/me")).json()["user_id"]
 

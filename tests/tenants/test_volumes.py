@@ -324,7 +324,7 @@ async def test_a_policy_with_a_server_that_writes_is_refused_at_publish_where_no
         assert refused.json()["detail"].startswith("docs may not write")
         assert str(no_volumes) not in refused.text
         assert (await tenant.user.ask("What does a.md say?")).status_code == 200
-        await tenant.admin.publish(writing.replace(isolation, "run"))
+        await tenant.admin.publish(writing.replace(f"isolation: {isolation}", "isolation: run"))
 
 
 async def test_who_asks_for_images_by_name_gets_them_or_no_service(databases: Databases, no_volumes: Path) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from app.auth.dependencies import authenticated
+from app.auth.dependencies import TheDatabase, authenticated
 from app.caller import Caller
-from app.limits.rates import RateLimiter
+from app.db import Database
+from app.limits import repository
+from app.limits.admission import Admission
+from app.limits.budgets import Limit, budgets
+from app.limits.windows import Standing
 from app.policies.overrides import Terms
 from app.policies.standing import Access
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.problems import responses
+from app.runs.budgets import limits_of
 from app.scopes import Role, Scope
 
 router = APIRouter(tags=["me"])
@@ -28,6 +35,15 @@ class RequestsOut(BaseModel):
     reset_in_s: int
 
 
+class LeftOut(BaseModel):
+    """What is left of one limit: `of` is tenant, user or key for queries, and api for all other requests."""
+
+    of: str
+    limit: str
+    remaining: int
+    reset_in_s: int
+
+
 class LimitsOut(BaseModel):
     """What one run of the caller is bounded by: turns, seconds, calls; and the characters of a query."""
 
@@ -35,6 +51,14 @@ class LimitsOut(BaseModel):
     timeout_s: int
     max_tool_calls: int
     max_length: int
+
+
+class BudgetOut(BaseModel):
+    """A budget of today (UTC): what the policy allows, and what is neither used nor reserved; costs in USD."""
+
+    limit: Limit
+    allowed: str
+    left: str
 
 
 class ToolOut(BaseModel):
@@ -58,15 +82,20 @@ class MeOut(BaseModel):
     scopes: list[Scope]
     policy_version: int | None
     requests: RequestsOut | None
+    rates: list[LeftOut]
     limits: LimitsOut | None
+    budgets: list[BudgetOut]
     tools: list[ToolOut]
 
 
 @router.get("/v1/me", summary="Who I am and what I may do", responses=responses(401))
-async def read_me(request: Request, caller: Annotated[Caller, Depends(authenticated)]) -> MeOut:
+async def read_me(request: Request, caller: Annotated[Caller, Depends(authenticated)], database: TheDatabase) -> MeOut:
     """Of this credential, as of now."""
     policies: PolicyCache = request.app.state.policies
     policy = None if caller.is_platform_admin else await policies.current(caller.tenant_id, caller.generation)
+    admission: Admission = request.app.state.admission
+    queries = await _queries(admission, caller, policy) if policy else ()
+    general = await admission.requests_left(caller)
     return MeOut(
         tenant_id=None if caller.is_platform_admin else caller.tenant_id,
         user_id=caller.user_id,
@@ -74,17 +103,42 @@ async def read_me(request: Request, caller: Annotated[Caller, Depends(authentica
         role=caller.role,
         scopes=sorted(caller.scopes),
         policy_version=policy.version if policy else None,
-        requests=await _requests(request, caller, policy) if policy else None,
+        requests=_requests(queries) if policy else None,
+        rates=[_left(standing) for standing in (*queries, general)],
         limits=LimitsOut.model_validate(_terms(caller, policy), from_attributes=True) if policy else None,
+        budgets=await _budgets(database, caller, policy) if policy else [],
         tools=_tools(caller, policy) if policy else [],
     )
 
 
-async def _requests(request: Request, caller: Caller, policy: ActivePolicy) -> RequestsOut:
-    limiter: RateLimiter = request.app.state.rate_limiter
-    limits = _terms(caller, policy).requests
-    window = await limiter.peek(*limits, tenant_id=caller.tenant_id, user_id=caller.user_id)
-    return RequestsOut(limit=str(window.limit), remaining=window.remaining, reset_in_s=window.reset_in_s)
+async def _budgets(database: Database, caller: Caller, policy: ActivePolicy) -> list[BudgetOut]:
+    bounds = limits_of(_terms(caller, policy))
+    if not (bounds.bounds_tokens or bounds.bounds_calls):
+        return []
+    async with database.transaction(caller.tenant_id) as session:
+        standing = await repository.standing(session, caller.tenant_id, caller.user_id)
+    return [
+        BudgetOut(limit=each.limit, allowed=each.spelled(each.allowed), left=each.spelled(each.left))
+        for each in budgets(bounds, standing)
+    ]
+
+
+async def _queries(admission: Admission, caller: Caller, policy: ActivePolicy) -> tuple[Standing, ...]:
+    requests, tenant_requests = _terms(caller, policy).requests, policy.document.limits.tenant_requests
+    verdict = await admission.queries_left(caller, requests=requests, tenant_requests=tenant_requests)
+    return verdict.standings
+
+
+def _requests(queries: Sequence[Standing]) -> RequestsOut:
+    """The window that the next query would be refused by first."""
+    left = _left(min(queries, key=lambda standing: (standing.remaining, -standing.reset_s)))
+    return RequestsOut(limit=left.limit, remaining=left.remaining, reset_in_s=left.reset_in_s)
+
+
+def _left(standing: Standing) -> LeftOut:
+    bound = standing.bound
+    reset_in_s = max(1, math.ceil(standing.reset_s))
+    return LeftOut(of=bound.kind, limit=str(bound.item), remaining=standing.remaining, reset_in_s=reset_in_s)
 
 
 def _terms(caller: Caller, policy: ActivePolicy) -> Terms:

@@ -8,18 +8,21 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
 from app.auth.dependencies import Paging, TheDatabase, paging, requires
 from app.caller import Caller
 from app.db import new_id
 from app.errors import AppError, NotFound
+from app.limits.queue import TooManyRuns
 from app.problems import responses
 from app.runs import repository
-from app.runs.dependencies import Asker, ThePolicy, TheRuns, rate_limited
+from app.runs.budgets import until_tomorrow_s
+from app.runs.dependencies import Asker, ThePolicy, TheRuns, rate_limited, record_refusal
 from app.runs.schemas import QueryIn, RunDetailOut, RunOut, RunsOut, RunSummaryOut, detail_of
 from app.runs.service import Question
 from app.runs.state import Ending, StopCause
 from app.scopes import Scope
-from app.telemetry.metrics import VIOLATIONS
 
 router = APIRouter(tags=["runs"])
 Reader = Annotated[Caller, Depends(requires(Scope.RUNS_READ))]
@@ -29,7 +32,9 @@ class RunProblem(AppError):
     """The run ended without an answer."""
 
     def __init__(self, run_id: UUID, ending: Ending) -> None:
-        super().__init__(ending.detail, extra={"run_id": str(run_id)})
+        # A budget begins anew with the next day (UTC), whichever it is.
+        headers = {"Retry-After": str(until_tomorrow_s())} if ending.limit else None
+        super().__init__(ending.detail, headers=headers, extra={"run_id": str(run_id)})
         self.status, self.code = ending.http_status, ending.code or "internal"
 
 
@@ -54,11 +59,12 @@ async def ask(
     try:
         # Shielded: whatever becomes of this request, the run is carried to its recorded end.
         answered = await asyncio.shield(answering)
+    except TooManyRuns as error:
+        await record_refusal(request, caller, error.code)
+        raise
     finally:
         watching.cancel()
     request.state.run_state = answered.ending.state.value
-    if answered.ending.code == "query_refused":
-        VIOLATIONS.labels("invalid_query").inc()
     if not answered.ending.answers:
         raise RunProblem(question.run_id, answered.ending)
     return RunOut.of(answered.run, answered.ending)
@@ -67,8 +73,12 @@ async def ask(
 async def _cancel_when_client_is_gone(request: Request, runs: TheRuns, run_id: UUID) -> None:
     while not await request.is_disconnected():  # noqa: ASYNC110  Starlette offers no event to wait for
         await asyncio.sleep(1)
+    runs.withdraw(run_id)
     await asyncio.sleep(request.app.state.settings.client_grace_s)
-    runs.stop(run_id, StopCause.CLIENT_GONE)
+    while True:  # until there is an answer: it may have come to the queue, or begun, only now
+        runs.withdraw(run_id)
+        runs.stop(run_id, StopCause.CLIENT_GONE)
+        await asyncio.sleep(1)
 
 
 @router.get("/v1/runs", summary="List runs, the newest first", responses=responses(401, 403, 422))
@@ -92,6 +102,9 @@ async def read_run(run_id: UUID, caller: Reader, database: TheDatabase, runs: Th
         if run is None:
             raise NotFound
         calls = list(await repository.calls_of(session, run_id))
+        if run.user_id != caller.user_id:  # before a text of somebody else is given out
+            read = Event(EventType.RUN_READ, actor_id=caller.user_id, run_id=run_id, data={"user_id": run.user_id})
+            await audit.append(session, caller.tenant_id, read)
     query, answer = await runs.read_texts(caller, run_id, run.user_id)
     return detail_of(run, calls, query, answer)
 

@@ -1,5 +1,5 @@
 """Routes of tenants, users and workspaces."""
 
-from app.tenants.endpoints import tenants, workspaces
+from app.tenants.endpoints import erasure, tenants, workspaces
 
-routers = (tenants.router, workspaces.router)
+routers = (tenants.router, erasure.router, workspaces.router)

@@ -81,6 +81,7 @@ class UserOut(Answer):
     issuer: str | None
     subject: str | None
     disabled_at: datetime | None
+    erased_at: datetime | None
     created_at: datetime
 
 
@@ -130,12 +131,12 @@ async def read_tenant(tenant_id: UUID, _caller: TenantReader, platform: ThePlatf
     "/v1/tenants/{tenant_id}/disable",
     status_code=204,
     summary="Disable a tenant",
-    responses=responses(401, 403, 404, 412, 422),
+    responses=responses(401, 403, 404, 409, 412, 422),
 )
 async def disable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform, if_match: TheIfMatch) -> None:
     """Its credentials are refused at once, its runs in flight cancelled within a second."""
     async with platform.transaction() as session:
-        await _check_tenant(session, tenant_id, if_match)
+        await check_tenant(session, tenant_id, if_match)
         await service.set_tenant_active(session, tenant_id, is_active=False, actor_id=caller.user_id)
 
 
@@ -143,16 +144,17 @@ async def disable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePla
     "/v1/tenants/{tenant_id}/enable",
     status_code=204,
     summary="Enable a tenant",
-    responses=responses(401, 403, 404, 412, 422),
+    responses=responses(401, 403, 404, 409, 412, 422),
 )
 async def enable_tenant(tenant_id: UUID, caller: TenantWriter, platform: ThePlatform, if_match: TheIfMatch) -> None:
     """Its credentials are taken again."""
     async with platform.transaction() as session:
-        await _check_tenant(session, tenant_id, if_match)
+        await check_tenant(session, tenant_id, if_match)
         await service.set_tenant_active(session, tenant_id, is_active=True, actor_id=caller.user_id)
 
 
-async def _check_tenant(session: AsyncSession, tenant_id: UUID, if_match: TheIfMatch) -> None:
+async def check_tenant(session: AsyncSession, tenant_id: UUID, if_match: TheIfMatch) -> None:
+    """Lock a customer for the transaction. Raise NotFound, PreconditionFailed."""
     await repository.lock(session, _customer(tenant_id))
     if_match.check(TenantOut.model_validate(await repository.get_tenant(session, tenant_id)))
 
@@ -233,7 +235,7 @@ async def change_user(
     """Within the tenant. It holds from the user's next request on; the last admin stays one."""
     _check_role(body.role, caller.tenant_id)
     async with database.transaction(caller.tenant_id) as session:
-        await _check_user(session, caller, user_id, if_match)
+        await check_user(session, caller, user_id, if_match)
         await service.set_role(session, caller.tenant_id, user_id, role=body.role, actor_id=caller.user_id)
         changed = UserOut.model_validate(await repository.get_user(session, user_id))
     return tagged(response, changed)
@@ -248,7 +250,7 @@ async def change_user(
 async def disable_user(user_id: UUID, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """All credentials are refused at once, runs in flight cancelled within a second. The last admin stays."""
     async with database.transaction(caller.tenant_id) as session:
-        await _check_user(session, caller, user_id, if_match)
+        await check_user(session, caller, user_id, if_match)
         await service.set_user_active(session, caller.tenant_id, user_id, is_active=False, actor_id=caller.user_id)
 
 
@@ -256,16 +258,17 @@ async def disable_user(user_id: UUID, caller: UserWriter, database: TheDatabase,
     "/v1/users/{user_id}/enable",
     status_code=204,
     summary="Enable a user",
-    responses=responses(401, 403, 404, 412, 422),
+    responses=responses(401, 403, 404, 409, 412, 422),
 )
 async def enable_user(user_id: UUID, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """Credentials that are still valid are taken again."""
     async with database.transaction(caller.tenant_id) as session:
-        await _check_user(session, caller, user_id, if_match)
+        await check_user(session, caller, user_id, if_match)
         await service.set_user_active(session, caller.tenant_id, user_id, is_active=True, actor_id=caller.user_id)
 
 
-async def _check_user(session: AsyncSession, caller: Caller, user_id: UUID, if_match: TheIfMatch) -> None:
+async def check_user(session: AsyncSession, caller: Caller, user_id: UUID, if_match: TheIfMatch) -> None:
+    """Lock the caller's tenant for the transaction. Raise NotFound, PreconditionFailed for the user."""
     await repository.lock(session, caller.tenant_id)
     if_match.check(UserOut.model_validate(await repository.get_user(session, user_id)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from typing import Annotated
@@ -15,10 +16,12 @@ from pydantic import Field
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
+from app.audit.outbox import Outbox
+from app.audit.repository import Row
 from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import Caller
 from app.db import Database
-from app.keyring import Keyring
+from app.keyring import Keyring, SecretKey
 from app.problems import responses
 from app.schemas import Answer
 from app.scopes import Scope
@@ -36,7 +39,13 @@ async def _store(request: Request) -> WorkspaceStore:
     return store
 
 
+async def _outbox(request: Request) -> Outbox:
+    outbox: Outbox = request.app.state.outbox
+    return outbox
+
+
 TheStore = Annotated[WorkspaceStore, Depends(_store)]
+TheOutbox = Annotated[Outbox, Depends(_outbox)]
 
 
 class FileOut(Answer):
@@ -85,28 +94,39 @@ async def list_workspaces(
 
 @router.delete("/{name}", status_code=204, summary="Delete a workspace", responses=responses(401, 403, 404, 409, 422))
 async def delete_workspace(
-    name: str, caller: Writer, database: TheDatabase, store: TheStore, user_id: UUID | None = None
+    name: str, caller: Writer, database: TheDatabase, store: TheStore, outbox: TheOutbox, user_id: UUID | None = None
 ) -> None:
     """With all files in it, for good; with `user_id`, that user's. Servers that work in it are started anew."""
     await store.remove(
-        caller.tenant_id, name, user_id=user_id, recorded=_removal_recorded(database, caller, name, user_id)
+        caller.tenant_id,
+        name,
+        user_id=user_id,
+        recorded=removal_recorded(database, outbox, caller=caller, name=name, user_id=user_id),
     )
 
 
 @router.put("/{name}/files/{path:path}", summary="Write a file", responses=responses(401, 403, 408, 409, 413, 422, 429))
 async def write_file(
-    request: Request, name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
+    request: Request,
+    name: str,
+    path: str,
+    caller: Writer,
+    database: TheDatabase,
+    store: TheStore,
+    keyring: TheKeyring,
+    outbox: TheOutbox,
 ) -> FileOut:
     """The body is the file, whatever its type. It is made or replaced as a whole, and read by the next tool call."""
     async with database.transaction(caller.tenant_id) as session:
         uid = (await repository.get_tenant(session, caller.tenant_id)).sandbox_uid
-    act = _Act(EventType.WORKSPACE_FILE_WRITTEN, caller, workspace=name, path=path)
+    content = _Measured(request.stream())
+    act = _Act(EventType.WORKSPACE_FILE_WRITTEN, caller, workspace=name, path=path, content=content)
     file = await store.write(
         caller.tenant_id,
         name,
         path=path,
-        content=request.stream(),
-        recorded=_recorded(database, keyring, act),
+        content=aiter(content),
+        recorded=_recorded(database, keyring, outbox=outbox, act=act),
         owner_uid=uid,
     )
     return FileOut.model_validate(file)
@@ -114,12 +134,12 @@ async def write_file(
 
 @router.get("/{name}/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
 async def read_file(
-    name: str, path: str, caller: Reader, database: TheDatabase, store: TheStore, keyring: TheKeyring
+    name: str, path: str, caller: Reader, database: TheDatabase, store: TheStore, keyring: TheKeyring, outbox: TheOutbox
 ) -> StreamingResponse:
     """As a download: never as something that a browser would run."""
     download = await store.read(caller.tenant_id, name, path=path)
-    act = _Act(EventType.WORKSPACE_FILE_READ, caller, workspace=name, path=path)
-    async with _recorded(database, keyring, act):
+    act = _Act(EventType.WORKSPACE_FILE_READ, caller, workspace=name, path=path, size=download.file.size)
+    async with _recorded(database, keyring, outbox=outbox, act=act):
         headers = {"Content-Length": str(download.file.size), "Content-Disposition": "attachment"}
     return StreamingResponse(download.content, media_type=download.media_type, headers=headers)
 
@@ -141,43 +161,90 @@ async def list_files(
     "/{name}/files/{path:path}", status_code=204, summary="Delete a file", responses=responses(401, 403, 404, 409, 422)
 )
 async def delete_file(
-    name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring
+    name: str, path: str, caller: Writer, database: TheDatabase, store: TheStore, keyring: TheKeyring, outbox: TheOutbox
 ) -> None:
     """For good."""
     act = _Act(EventType.WORKSPACE_FILE_DELETED, caller, workspace=name, path=path)
-    await store.delete(caller.tenant_id, name, path=path, recorded=_recorded(database, keyring, act))
+    await store.delete(caller.tenant_id, name, path=path, recorded=_recorded(database, keyring, outbox=outbox, act=act))
 
 
 @asynccontextmanager
-async def _removal_recorded(database: Database, caller: Caller, name: str, user_id: UUID | None) -> AsyncIterator[None]:
-    async with database.transaction(caller.tenant_id) as session:
-        await repository.bump_generation(session, caller.tenant_id)  # live servers end by it
-        data = {"workspace": name, "user_id": user_id}
-        event = Event(EventType.WORKSPACE_DELETED, actor_id=caller.user_id, data=data)
-        await audit.append(session, caller.tenant_id, event)
-        yield
+async def removal_recorded(
+    database: Database, outbox: Outbox, *, caller: Caller, name: str, user_id: UUID | None
+) -> AsyncIterator[None]:
+    """As the store's `recorded`: the event of a workspace's deletion."""
+    data = {"workspace": name, "user_id": user_id}
+    row = audit.row(Event(EventType.WORKSPACE_DELETED, actor_id=caller.user_id, data=data), caller.tenant_id)
+    done: list[Row] = []
+    with _told_anyway(outbox, done):
+        async with database.transaction(caller.tenant_id) as session:
+            await repository.bump_generation(session, caller.tenant_id)  # live servers end by it
+            await audit.insert_rows(session, [row])
+            yield
+            done.append(row)
+
+
+class _Measured:
+    """A body on its way, with its size and digest so far."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            self.size += len(chunk)
+            self.digest.update(chunk)
+            yield chunk
 
 
 @dataclass(frozen=True, slots=True)
 class _Act:
-    """What a caller does to a file."""
+    """What a caller does to a file: `content` is what it writes, `size` what it reads."""
 
     type: EventType
     caller: Caller
     _: KW_ONLY
     workspace: str
     path: str
+    content: _Measured | None = None
+    size: int | None = None
+
+    def data(self, key: SecretKey) -> dict[str, object]:
+        """Paths and contents may say as much as a text does, so only their keyed hashes are kept."""
+        data: dict[str, object] = {
+            "workspace": self.workspace,
+            "path_hmac": key.mac("audit", self.path.encode()).hex(),
+        }
+        if self.size is not None:
+            data["size"] = self.size
+        if self.content is not None:
+            data["size"] = self.content.size
+            data["content_hmac"] = key.mac("audit", self.content.digest.digest()).hex()
+        return data
 
 
 @asynccontextmanager
-async def _recorded(database: Database, keyring: Keyring, act: _Act) -> AsyncIterator[None]:
-    """The event is written when the block begins and committed when it ends well.
+async def _recorded(database: Database, keyring: Keyring, *, outbox: Outbox, act: _Act) -> AsyncIterator[None]:
+    """The event is written when the block begins and committed when it ends well."""
+    tenant_id = act.caller.tenant_id
+    done: list[Row] = []
+    with _told_anyway(outbox, done):
+        async with database.transaction(tenant_id) as session:
+            key = await open_tenant_key(session, keyring, tenant_id)
+            row = audit.row(Event(act.type, actor_id=act.caller.user_id, data=act.data(key)), tenant_id)
+            await audit.insert_rows(session, [row])
+            yield
+            done.append(row)
 
-    A path may say as much as a text does, so only its keyed hash is kept.
-    """
-    caller = act.caller
-    async with database.transaction(caller.tenant_id) as session:
-        key = await open_tenant_key(session, keyring, caller.tenant_id)
-        data = {"workspace": act.workspace, "path_hmac": key.mac("audit", act.path.encode()).hex()}
-        await audit.append(session, caller.tenant_id, Event(act.type, actor_id=caller.user_id, data=data))
+
+@contextmanager
+def _told_anyway(outbox: Outbox, done: Sequence[Row]) -> Iterator[None]:
+    """What has been done to a file and could not be committed is on the record all the same, a moment later."""
+    try:
         yield
+    except BaseException:
+        for row in done:
+            outbox.put_row(row)
+        raise

@@ -9,8 +9,6 @@ import pytest
 
 from tests.servers.browser.ground import Browser, Ground
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 @pytest.fixture(scope="module")
 async def brief(ground: Ground) -> AsyncIterator[Browser]:

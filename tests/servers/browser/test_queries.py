@@ -16,8 +16,6 @@ from tests.runs.faults import ScriptedModel
 from tests.servers.browser.ground import LOCAL, Site, site_in
 from tests.service import DEFAULT_MODEL_POLICY, Client, Databases, Service, running_service
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 @pytest.fixture(scope="module")
 async def site(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:

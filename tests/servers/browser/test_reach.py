@@ -11,8 +11,6 @@ import pytest
 
 from tests.servers.browser.ground import API, DOCS, DOWNLOAD_BYTES, INSIDE, Browser, Ground, Site, nothing_arrives
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 async def test_an_allowed_page_renders_with_its_title_and_what_its_scripts_write(
     ground: Ground, strict: Browser

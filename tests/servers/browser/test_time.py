@@ -12,7 +12,6 @@ from app.servers.browser import template
 from app.servers.errors import ToolTimedOut
 from tests.servers.browser.ground import Ground
 
-pytestmark = pytest.mark.xdist_group("browser")
 ENDLESS = "() => { for (;;); }"
 
 

@@ -12,7 +12,6 @@ from tests.servers.command.ground import Ground, called, policy, publishing
 from tests.servers.site import LOCAL, SECRET
 
 # The service is started, and the server is installed, once and not once a worker.
-pytestmark = pytest.mark.xdist_group("command")
 FILES: Final = "template: command, server: files, root: docs"
 
 

@@ -8,13 +8,10 @@ import json
 import secrets
 from typing import Final
 
-import pytest
-
 from tests.runs.faults import ScriptedModel
 from tests.servers.command.ground import Ground, called, policy, publishing
 from tests.service import Tenant
 
-pytestmark = pytest.mark.xdist_group("command")
 POLICY: Final = policy('template: command, server: probe, env: {TOKEN: "secret:tickets"}')
 
 

@@ -1,0 +1,141 @@
+"""Receipts of runs: what stands of a run in the sealed record, signed, to be verified with the public keys alone.
+
+A receipt holds hashes and no text of an event. Its spans lead from the run's rows to signed heads: from the hash
+`before`, over the digests of all rows from there on, to the head that covers them.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import and_, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.audit import chain
+from app.audit.events import EventType
+from app.audit.export import signed_head
+from app.audit.models import AuditEvent, Checkpoint, Link, SignedHead
+from app.audit.signing import Signers
+from app.errors import Conflict, NotFound
+
+SCHEMA: Final = "bulkhead.receipt/1"
+# A batch has some thousands of rows: so many are a run that went on for long in a tenant with much to do.
+_MAX_DIGESTS: Final = 100_000
+
+
+class ReceiptNotReady(Conflict):
+    """The run has not ended, or what it has recorded is not sealed yet."""
+
+    code = "receipt_not_ready"
+
+    def __init__(self) -> None:
+        super().__init__(headers={"Retry-After": "1"})
+
+
+class ReceiptTooLarge(Conflict):
+    """Too much lies between this run's events for a receipt: export the record instead."""
+
+    code = "receipt_too_large"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The run that a receipt is of."""
+
+    tenant_id: UUID
+    run_id: UUID
+    policy_version: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    event_id: UUID
+    type: str
+    seq: int
+    body_digest: bytes
+
+
+async def receipt(session: AsyncSession, signers: Signers, subject: Subject) -> dict[str, Any]:
+    """The signed receipt of a run that has ended. Raise ReceiptNotReady, ReceiptTooLarge, or NotFound once pruned."""
+    rows = await _rows(session, subject.run_id)
+    document = {
+        "schema": SCHEMA,
+        "tenant_id": str(subject.tenant_id),
+        "run_id": str(subject.run_id),
+        "policy_version": subject.policy_version,
+        "state": subject.state,
+        "rows": [_described(row) for row in rows],
+        "spans": await _spans(session, [row.seq for row in rows]),
+        "issued_at": chain.timestamp(datetime.now(UTC)),
+        "key_id": signers.key_id,
+    }
+    signature = signers.sign(chain.canonical_document(document)).signature
+    return document | {"signature": base64.b64encode(signature).decode()}
+
+
+def _described(row: _Row) -> dict[str, Any]:
+    return {
+        "seq": row.seq,
+        "type": row.type,
+        "event_id": str(row.event_id),
+        "body_digest": row.body_digest.hex(),
+    }
+
+
+async def _rows(session: AsyncSession, run_id: UUID) -> Sequence[_Row]:
+    query = (
+        select(AuditEvent.id, AuditEvent.type, Link.seq, Link.body_digest)
+        .outerjoin(Link, and_(Link.tenant_id == AuditEvent.tenant_id, Link.event_id == AuditEvent.id))
+        .where(AuditEvent.run_id == run_id, AuditEvent.type != EventType.RUN_READ)  # which comes long after, too
+        .order_by(Link.seq)
+    )
+    found = (await session.execute(query)).all()
+    if any(row.seq is None for row in found):
+        raise ReceiptNotReady
+    if EventType.QUERY_RECEIVED not in {row.type for row in found}:
+        raise NotFound  # what the run began with has been pruned
+    return [_Row(row.id, row.type, row.seq, row.body_digest) for row in found]
+
+
+async def _spans(session: AsyncSession, seqs: Sequence[int]) -> list[dict[str, Any]]:
+    """One for each sealed batch that has rows of the run, from the first of them to the batch's head."""
+    spans: list[dict[str, Any]] = []
+    budget, covered = _MAX_DIGESTS, 0
+    for seq in seqs:
+        if seq <= covered:
+            continue
+        head = await session.scalar(select(SignedHead).where(SignedHead.seq >= seq).order_by(SignedHead.seq).limit(1))
+        if head is None:
+            raise ReceiptNotReady
+        covered = head.seq
+        budget -= covered - seq + 1
+        if budget < 0:
+            raise ReceiptTooLarge
+        digests = select(Link.body_digest).where(Link.seq.between(seq, covered)).order_by(Link.seq)
+        found = (await session.scalars(digests)).all()
+        if len(found) != covered - seq + 1:
+            raise NotFound  # just pruned
+        before = {"seq": seq - 1, "hash": (await _hash_of(session, seq - 1)).hex()}
+        spans.append({"before": before, "digests": [digest.hex() for digest in found], "head": signed_head(head)})
+    return spans
+
+
+async def _hash_of(session: AsyncSession, seq: int) -> bytes:
+    """The hash of a row, whether or not it has been pruned since. Raise NotFound for one that is not there."""
+    if seq == 0:
+        return chain.GENESIS
+    link = select(Link.hash).where(Link.seq == seq)
+    found = await session.scalar(select(func.coalesce(link.scalar_subquery(), _pruned(seq))))
+    if found is None:
+        raise NotFound
+    return bytes(found)
+
+
+def _pruned(seq: int) -> Any:
+    return select(Checkpoint.hash).where(Checkpoint.seq == seq).scalar_subquery()

@@ -1,0 +1,84 @@
+"""Which windows a caller's request takes a place in, and what a refusal leaves on the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+from uuid import UUID
+
+from app.audit import repository as audit
+from app.audit.aggregate import MinuteCounts
+from app.audit.events import Event, EventType
+from app.caller import Caller
+from app.db import Database
+from app.limits.rates import RateLimiter, exceeded, headers
+from app.limits.windows import Bound, Standing, Verdict, bound
+from app.scopes import Scope
+from app.telemetry import security
+from app.telemetry.security import Violation
+
+# Counted by the limits of the tenant's policy, once it is known.
+_QUERIES: Final = frozenset({"/query", "/v1/query"})
+
+
+class Admission:
+    """Counts callers' requests: queries by what their policy says, all others by one rate for everybody."""
+
+    def __init__(self, limiter: RateLimiter, database: Database, *, api_rate: str) -> None:
+        self._limiter = limiter
+        self._database = database
+        self._api_rate = api_rate
+        self._refusals: MinuteCounts[tuple[UUID, UUID, str]] = MinuteCounts()
+
+    async def general(self, caller: Caller, path: str) -> Mapping[str, str]:
+        """Count a request of any route but the query's, and give the headers; raise slowapi's RateLimitExceeded."""
+        if path in _QUERIES and Scope.RUNS_CREATE in caller.scopes:
+            return {}
+        return await self.unruled(caller)
+
+    async def unruled(self, caller: Caller) -> Mapping[str, str]:
+        """The same of a query where there is no policy that could bound it."""
+        return await self._admit(caller, [self._of_the_api(caller)])
+
+    async def query(self, caller: Caller, *, requests: Sequence[str], tenant_requests: str) -> Mapping[str, str]:
+        """Count a query against the limits of its tenant, its user and its key; raise RateLimitExceeded."""
+        return await self._admit(caller, _of_queries(caller, requests, tenant_requests))
+
+    async def queries_left(self, caller: Caller, *, requests: Sequence[str], tenant_requests: str) -> Verdict:
+        """Where a caller stands with its queries, without counting."""
+        return await self._limiter.peek(*_of_queries(caller, requests, tenant_requests))
+
+    async def requests_left(self, caller: Caller) -> Standing:
+        """Where it stands with everything else."""
+        return (await self._limiter.peek(self._of_the_api(caller))).tightest
+
+    async def _admit(self, caller: Caller, bounds: Sequence[Bound]) -> Mapping[str, str]:
+        """The first refusal of a user in a minute is an audit event, the others are counted in the metric."""
+        verdict = await self._limiter.hit(*bounds)
+        if verdict.is_allowed:
+            return headers(verdict)
+        refusing = verdict.tightest.bound
+        security.refuse(Violation.RATE_LIMIT, limit=str(refusing.item), of=refusing.kind)
+        if self._refusals.is_first(key := (caller.tenant_id, caller.user_id, refusing.kind)):
+            try:
+                await self._record(caller, refusing)
+            except BaseException:
+                self._refusals.forget(key)
+                raise
+        raise exceeded(verdict)
+
+    async def _record(self, caller: Caller, refusing: Bound) -> None:
+        data = {"limit": str(refusing.item), "of": refusing.kind}
+        async with self._database.transaction(caller.tenant_id) as session:
+            event = Event(EventType.RATE_LIMITED, actor_id=caller.user_id, data=data)
+            await audit.append(session, caller.tenant_id, event)
+
+    def _of_the_api(self, caller: Caller) -> Bound:
+        return bound("api", f"{caller.tenant_id}/{caller.user_id}", self._api_rate)
+
+
+def _of_queries(caller: Caller, requests: Sequence[str], tenant_requests: str) -> list[Bound]:
+    tenant = str(caller.tenant_id)
+    users = [bound("user", f"{tenant}/{caller.user_id}", rate) for rate in requests]
+    keys = [bound("key", f"{tenant}/{caller.key_id}", caller.key_rate)] if caller.key_rate else []
+    return [bound("tenant", tenant, tenant_requests), *users, *keys]

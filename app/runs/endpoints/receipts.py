@@ -1,0 +1,45 @@
+"""The route of a run's receipt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Request
+
+from app.audit import receipts
+from app.audit.receipts import ReceiptNotReady, Subject
+from app.audit.signing import Signers
+from app.auth.dependencies import TheDatabase, requires
+from app.caller import Caller
+from app.errors import NotFound
+from app.problems import responses
+from app.runs import repository
+from app.runs.state import State
+from app.scopes import Scope
+
+router = APIRouter(tags=["runs"])
+
+
+@router.get(
+    "/v1/runs/{run_id}/receipt",
+    summary="Get the signed receipt of a run",
+    responses=responses(401, 403, 404, 409, 422),
+)
+async def read_receipt(
+    run_id: UUID,
+    request: Request,
+    caller: Annotated[Caller, Depends(requires(Scope.RUNS_READ))],
+    database: TheDatabase,
+) -> dict[str, Any]:
+    """One's own, or any of the tenant's with `runs:read_all`; docs/verify_receipt.py says what it proves."""
+    signers: Signers = request.app.state.signers
+    only = None if Scope.RUNS_READ_ALL in caller.scopes else caller.user_id
+    async with database.transaction(caller.tenant_id) as session:
+        run = await repository.find(session, run_id, user_id=only)
+        if run is None:
+            raise NotFound
+        if run.state == State.RUNNING:
+            raise ReceiptNotReady
+        subject = Subject(caller.tenant_id, run_id, run.policy_version, run.state)
+        return await receipts.receipt(session, signers, subject)

@@ -1,0 +1,257 @@
+"""The sealer at work: one chain a tenant, whatever else happens at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import pytest
+from prometheus_client import REGISTRY
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from app.audit.verify import Held
+from tests.audit.chains import Ground, new_signers
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+REFUSED: Final = "42501"
+COUNTS: Final = """
+select (select count(*) from audit_events where tenant_id = :id),
+       (select count(*) from audit_chain where tenant_id = :id),
+       (select count(*) from audit_pending where tenant_id = :id),
+       (select count(*) from audit_heads where tenant_id = :id)
+"""
+
+
+async def counts(ground: Ground, tenant_id: UUID) -> tuple[int, int, int, int]:
+    """Events, links, what waits, heads."""
+    ((events, links, waiting, heads),) = await ground.as_superuser((COUNTS, {"id": tenant_id}))
+    return events, links, waiting, heads
+
+
+async def test_every_event_is_chained_once_and_the_queue_is_emptied(ground: Ground) -> None:
+    tenant_id = await ground.tenant(25)
+    assert await counts(ground, tenant_id) == (25, 0, 25, 0)
+    sealer = ground.sealer(batch=10)
+    assert await sealer.seal(), "there is more"
+    await sealer.finish()
+    assert await counts(ground, tenant_id) == (25, 25, 0, 3)
+    assert await ground.verified(tenant_id) == Held(tenant_id, 1, 25)
+
+
+async def test_a_tenant_with_many_events_does_not_hold_up_one_with_few(ground: Ground) -> None:
+    noisy, quiet = await ground.tenant(500), await ground.tenant(3)
+    sealer = ground.sealer(batch=10)
+    await sealer.seal()
+    assert (await counts(ground, quiet))[1] == 3
+    assert (await counts(ground, noisy))[1] == 10
+    await sealer.finish()
+
+
+async def test_many_sealers_at_once_make_one_chain(ground: Ground) -> None:
+    tenants = [await ground.tenant(400) for _ in range(3)]
+    sealers = [ground.sealer(batch=7) for _ in range(4)]
+
+    async def fill() -> None:
+        for tenant_id in tenants * 10:
+            await ground.fill(tenant_id, 20)
+
+    writing = asyncio.create_task(fill())
+    while not writing.done():
+        await asyncio.gather(*(sealer.seal() for sealer in sealers))
+    await writing
+    await sealers[0].finish()
+    for tenant_id in tenants:
+        assert await ground.verified(tenant_id) == Held(tenant_id, 1, 600)
+
+
+async def test_a_sealer_that_loses_its_connections_goes_on(ground: Ground) -> None:
+    tenant_id = await ground.tenant(300)
+    end = "select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = :name and usename = :role"
+    whose = {"name": ground.superuser.url.database, "role": ground.urls.sealer_role}
+    keeping, ended = asyncio.create_task(ground.sealer(batch=10).keep()), 0
+    try:
+        for _ in range(10):
+            await asyncio.sleep(0.02)
+            ((count,),) = await ground.as_superuser((end, whose))
+            ended += count
+        assert ended
+        while (await counts(ground, tenant_id))[1] < 300:
+            await asyncio.wait({keeping}, timeout=0.1)
+            assert not keeping.done()
+    finally:
+        keeping.cancel()
+        await asyncio.wait({keeping})
+    await ground.reader.dispose()  # its connections were among them
+    assert await ground.verified(tenant_id) == Held(tenant_id, 1, 300)
+
+
+async def test_nothing_is_built_on_a_chain_that_was_cut_or_signed_by_another(ground: Ground) -> None:
+    """Else a superuser could have the history that they wrote signed by us."""
+    tenant_id = await ground.sealed(30)
+    sealer = ground.sealer()
+    await ground.fill(tenant_id, 1)
+    await sealer.seal()
+    await ground.fill(tenant_id, 1)
+    cut = ("delete from {} where tenant_id = :id and seq > 20", {"id": tenant_id})
+    await ground.as_superuser(*((cut[0].format(table), cut[1]) for table in ("audit_chain", "audit_heads")))
+    failures = REGISTRY.get_sample_value("bulkhead_audit_seal_failures_total") or 0
+    await sealer.seal()
+    assert (REGISTRY.get_sample_value("bulkhead_audit_seal_failures_total") or 0) > failures
+    assert (await counts(ground, tenant_id))[1] == 20
+    await ground.sealer(new_signers()).seal()
+    assert (await counts(ground, tenant_id))[1] == 20, "its head is none of this key's"
+    await ground.sealer().seal()
+    assert (await counts(ground, tenant_id))[1] == 21, "the control: one that has seen nothing builds on a head of ours"
+
+
+# Forks a process for each statement of a batch, that seals and is killed once the statement is done.
+_VICTIMS = """
+import asyncio, os, signal, sys, time
+from sqlalchemy import event
+from app.audit.sealer import Sealer
+from app.audit.signing import Signers
+from app.db import Database, create_engine
+from app.keyring import Keyring
+
+async def seal(statement):
+    engine, done = create_engine(os.environ["SEALER_URL"], pool_size=4), 0
+
+    @event.listens_for(engine.sync_engine, "after_cursor_execute")
+    def count(*_):
+        nonlocal done
+        done += 1
+        if done == statement:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sealer = Sealer(Database(engine), Signers(Keyring.parse(os.environ["KEYS"])), every_s=1)
+    while True:  # the one that was killed before may hold its lock for a moment
+        done = 0
+        await sealer.seal()
+        time.sleep(0.02)
+
+for statement in range(1, int(sys.argv[1]) + 1):
+    child = os.fork()
+    if child == 0:
+        asyncio.run(seal(statement))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    print(statement)
+"""
+# Of the round: tenant, whose events wait. Of the batch: tenant, lock, head, events, links, head, queue.
+_STATEMENTS = 9
+
+
+async def test_a_sealer_that_is_killed_between_its_statements_loses_and_forks_nothing(ground: Ground) -> None:
+    tenant_id = await ground.tenant(5)
+    environment = {"SEALER_URL": ground.urls.sealer, "KEYS": ground.keys}
+    command = [sys.executable, "-c", _VICTIMS, str(_STATEMENTS)]
+    run = partial(subprocess.run, command, env=environment, cwd=ROOT, timeout=60, capture_output=True, check=True)
+    killed = (await asyncio.to_thread(run)).stdout.split()
+    assert [int(number) for number in killed] == [*range(1, _STATEMENTS + 1)]
+    assert await counts(ground, tenant_id) == (5, 0, 5, 0)
+    await ground.sealer().finish()
+    assert await counts(ground, tenant_id) == (5, 5, 0, 1), "the control: these statements were all of a batch"
+    assert await ground.verified(tenant_id) == Held(tenant_id, 1, 5)
+
+
+# Who may do what
+
+
+NEW_LINK = """
+insert into audit_chain (tenant_id, seq, event_id, event_at, body_digest, hash)
+values (:id, 99, gen_random_uuid(), now(), '', '')
+"""
+NEW_HEAD = (
+    "insert into audit_heads (tenant_id, seq, hash, signed_at, key_id, signature) values (:id, 99, '', now(), '', '')"
+)
+WAITS = "insert into audit_pending (tenant_id, event_id, at) values (:id, gen_random_uuid(), now())"
+CHANGES = [
+    f"{change} {table}{where}"
+    for table, column in (("audit_chain", "seq"), ("audit_heads", "seq"))
+    for change, where in (
+        ("update", f" set {column} = 98 where tenant_id = :id"),
+        ("delete from", " where tenant_id = :id and seq = 2"),
+        ("truncate", ""),
+    )
+]
+# Deleting what a checkpoint covers is another matter: tests of retention.
+FORBIDDEN = {
+    "app": [NEW_LINK, NEW_HEAD, WAITS, "delete from audit_pending", "select from audit_pending", *CHANGES],
+    "platform": [
+        *(NEW_LINK, NEW_HEAD, WAITS, "delete from audit_pending", "select from audit_pending"),
+        *("select from audit_chain", "select from audit_heads"),
+        *CHANGES,
+    ],
+    "sealer": [
+        *CHANGES,
+        *(WAITS, "update audit_pending set at = now()", "truncate audit_pending"),
+        "insert into audit_events (tenant_id, id, at, type, body) values (:id, gen_random_uuid(), now(), 'x', '{}')",
+        *("update audit_events set body = ''", "delete from audit_events", "truncate audit_events"),
+        *(
+            "select from tenants",
+            "select from users",
+            "select from contents",
+            "select from runs",
+            "select from api_keys",
+        ),
+        *("create table own (id integer)", "alter table audit_chain disable trigger append_only"),
+        "set session_replication_role = replica",
+    ],
+    "owner": [*CHANGES, "delete from audit_events where tenant_id = :id"],
+}
+
+
+@pytest.mark.parametrize("role", FORBIDDEN)
+async def test_no_role_can_do_more_to_the_chain_than_it_must(ground: Ground, role: str) -> None:
+    tenant_id = await ground.sealed(2)
+    await ground.fill(tenant_id, 1)
+    engine = create_async_engine(getattr(ground.urls, role))
+    async with engine.connect() as connection:
+        await connection.execute(text("select set_config('app.tenant_id', :id, true)"), {"id": str(tenant_id)})
+        for statement in FORBIDDEN[role]:
+            assert await refusal(connection, statement, tenant_id) == REFUSED, statement
+        await connection.rollback()
+    await engine.dispose()
+    await ground.sealer().finish()
+
+
+async def refusal(connection: AsyncConnection, statement: str, tenant_id: UUID) -> object:
+    """The error that a statement ends in, or how many rows it has met."""
+    try:
+        async with connection.begin_nested():
+            found = await connection.execute(text(statement), {"id": tenant_id} if ":id" in statement else {})
+            return found.rowcount
+    except DBAPIError as error:
+        return getattr(error.orig, "sqlstate", None)
+
+
+async def test_the_sealer_writes_for_the_one_tenant_that_it_has_set(ground: Ground) -> None:
+    tenant_id, other = await ground.tenant(1), await ground.tenant(1)
+    engine = create_async_engine(ground.urls.sealer)
+    async with engine.connect() as connection:
+        for set_to, met in ((other, [REFUSED, REFUSED, 0]), (tenant_id, [1, 1, 1])):
+            await connection.execute(text("select set_config('app.tenant_id', :id, true)"), {"id": str(set_to)})
+            statements = (NEW_LINK, NEW_HEAD, "delete from audit_pending where tenant_id = :id")
+            assert [await refusal(connection, statement, tenant_id) for statement in statements] == met
+        await connection.rollback()
+    await engine.dispose()
+    await ground.sealer().finish()
+
+
+async def test_only_the_database_takes_events_into_the_queue_and_all_of_them(ground: Ground) -> None:
+    """The platform's role records for many tenants in a transaction that is of none."""
+    tenants = [await ground.tenant() for _ in range(2)]
+    engine = create_async_engine(ground.urls.platform)
+    event = "insert into audit_events (tenant_id, id, at, type, body) values (:id, gen_random_uuid(), now(), 'x', '{}')"
+    async with engine.begin() as connection:
+        for tenant_id in tenants:
+            await connection.execute(text(event), {"id": tenant_id})
+    await engine.dispose()
+    assert [(await counts(ground, tenant_id))[2] for tenant_id in tenants] == [1, 1]
+    await ground.sealer().finish()
