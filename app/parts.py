@@ -78,10 +78,7 @@ def build(
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
     # Connections of its own: a flood of credentials to look up must not hold up what stops runs.
     watching = PlatformDatabase(create_engine(urls.platform, pool_size=2))
-    allow_loopback = settings.model_loopback or rehearsal is not None
-    outbound = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
-    # The demo's model is on loopback; the key sets that tenants name never are, unless an operator says so.
-    key_client = outbound_client(allow_loopback=settings.jwks_loopback)
+    outbound, key_client = _build_clients(settings, has_rehearsal=rehearsal is not None)
     remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
     secrets = _build_secrets(settings, database, watching, keyring)
     redact = Redactor(_unspeakable(settings, models), of_tenant=secrets.redact)
@@ -119,6 +116,15 @@ def build(
         "stored_models": StoredModels(platform=watching, keyring=keyring, catalogue=models, conceal=redact.learn),
         "authenticator": Authenticator(database=database, platform=platform, keyring=keyring, remote_keys=remote_keys),
     }
+
+
+def _build_clients(settings: Settings, *, has_rehearsal: bool) -> tuple[httpx.AsyncClient, httpx.AsyncClient]:
+    """For models, and for key sets. The demo's model is on loopback; the key sets that tenants name never are, unless
+    an operator says so.
+    """
+    allow_loopback = settings.model_loopback or has_rehearsal
+    models = outbound_client(allow_loopback=allow_loopback, read_timeout_s=settings.model_timeout_s)
+    return models, outbound_client(allow_loopback=settings.jwks_loopback)
 
 
 def _build_policies(settings: Settings, database: Database) -> dict[str, Any]:

@@ -110,7 +110,8 @@ async def test_a_role_reaches_what_its_scopes_name_and_nothing_else(callers: dic
     reached = {operation for operation, answer in zip(ROLES, answers, strict=True) if answer.status_code != 403}
     assert reached == {operation for operation, roles in ROLES.items() if role in roles}
     for answer in answers:
-        assert answer.status_code in {200, 403, 404, 422}, answer.text
+        # They meet: what one of them makes, another may find and delete.
+        assert answer.status_code in {200, 204, 403, 404, 409, 422}, answer.text
         if answer.status_code == 403:
             assert answer.json()["code"] == "forbidden"
 

@@ -191,7 +191,7 @@ async def test_a_superuser_who_dates_rows_back_does_not_make_us_sign_them_away(
     tenant_id = await with_record(ground, old=0, young=8)
     heads = [("audit_heads", "signed_at")] if with_heads else []
     for table, column in (("audit_events", "at"), ("audit_chain", "event_at"), *heads):
-        back = f"update {table} set {column} = {column} - interval '500 days' where tenant_id = :id"  # noqa: S608
+        back = f"update {table} set {column} = {column} - interval '500 days' where tenant_id = :id"  # noqa: S608  names of our own
         await ground.as_superuser((back, {"id": tenant_id}))
     await keeping(ground).prune()
     assert await count(ground, "audit_chain", tenant_id) == 8
@@ -203,7 +203,7 @@ async def test_what_the_database_refuses_to_forget_is_not_told_as_pruned(ground:
     tenant_id = await with_record(ground, old=4, young=2)
     await date_back(ground, tenant_id, 4, timedelta(days=20))
     for table, column in (("audit_events", "at"), ("audit_chain", "event_at")):
-        young = f"update {table} set {column} = now() - interval '20 days' where tenant_id = :id"  # noqa: S608
+        young = f"update {table} set {column} = now() - interval '20 days' where tenant_id = :id"  # noqa: S608  names of our own
         await ground.as_superuser((young, {"id": tenant_id}))
     await keeping(ground, days=10).prune()
     assert await count(ground, "audit_chain", tenant_id) == 6
