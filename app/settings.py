@@ -219,7 +219,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _kept_for_a_month(self) -> Self:
         if 0 < self.audit_retention_days <= 30:
-            raise ValueError("AUDIT_RETENTION_DAYS must be 0 or more than 30")
+            raise ValueError("BULKHEAD_AUDIT_RETENTION_DAYS must be 0, for ever, or more than 30")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,9 @@ from app.errors import ConfigurationError
 from app.keyring import Keyring
 from app.settings import Settings
 
-audit: Final = typer.Typer(no_args_is_help=True, help="The audit record: verify its chain, print its keys.")
+audit: Final = typer.Typer(
+    no_args_is_help=True, help="The audit record: verify its chain, print its keys, forget what is old."
+)
 
 Heads = Annotated[Path | None, typer.Option(help="Heads that were exported: BULKHEAD_AUDIT_HEADS_FILE, or a copy.")]
 Keys = Annotated[
@@ -51,7 +53,7 @@ def verify(
         if export is not None:
             found: Sequence[Break | Held] = [_of(tenant, _verify_file(export, trusted, kept, is_part=part))]
         else:
-            found = _verify_database(settings, trusted, kept, tenant)
+            found = [_there(tenant, each) for each in _verify_database(settings, trusted, kept, tenant)]
     except Unreadable as error:
         raise ConfigurationError(str(error)) from None
     for each in found:
@@ -74,7 +76,7 @@ def print_keys(context: typer.Context) -> None:
 
 @audit.command()
 def prune(context: typer.Context) -> None:
-    """Forget now what is older than BULKHEAD_AUDIT_RETENTION_DAYS, as the service does once a day."""
+    """Delete for good what is older than BULKHEAD_AUDIT_RETENTION_DAYS, as the service does once a day."""
     settings = read_settings(context)
     if not settings.audit_retention_days:
         raise ConfigurationError("BULKHEAD_AUDIT_RETENTION_DAYS is 0: the record is kept for ever.")
@@ -84,7 +86,8 @@ def prune(context: typer.Context) -> None:
             pruned = asyncio.run(_prune(urls, signers, settings.audit_retention_days))
     except (SQLAlchemyError, OSError) as error:
         raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
-    typer.echo(f"{pruned} events are gone, and a signed checkpoint holds where each chain goes on.")
+    told = "are gone, and a signed checkpoint holds where each chain goes on" if pruned else "are old enough"
+    typer.echo(f"{pruned} events {told}.")
 
 
 async def _prune(urls: DatabaseUrls, signers: Signers, days: int) -> int:
@@ -94,6 +97,13 @@ async def _prune(urls: DatabaseUrls, signers: Signers, days: int) -> int:
     finally:
         await sealing.dispose()
         await database.dispose()
+
+
+def _there(tenant: UUID | None, found: Break | Held) -> Break | Held:
+    """Who asks for one tenant by name means one that has a record."""
+    if tenant is None or isinstance(found, Break) or found.last >= found.first:
+        return found
+    return Break(tenant, None, "there is no row of this tenant")
 
 
 def _of(tenant: UUID | None, found: Break | Held) -> Break | Held:

@@ -119,6 +119,7 @@ class GovernedChat(ChatOpenAI):
     ) -> ChatResult:
         run = current_run()
         run.begin_model_turn()
+        spent = run.meter.spent
         payload = self._get_request_payload(messages, stop=stop, **kwargs)
         try:
             with observing.turn(run, self.model_name, messages) as span:
@@ -126,6 +127,10 @@ class GovernedChat(ChatOpenAI):
                 result = self._create_chat_result(orjson.loads(response.content))
                 message = result.generations[0].message
                 observing.note_turn(span, message)
+        except RunEnded:
+            if run.meter.spent == spent:  # there was no room for it, so nothing was sent
+                run.model_turns -= 1
+            raise
         except openai.APIStatusError as error:
             raise _failed(f"The model endpoint answered with status {error.status_code}.", "status") from None
         except openai.APITimeoutError:

@@ -99,8 +99,9 @@ def limits_of(terms: Terms) -> Limits:
 
 
 def _because(ending: Ending, limit: Limit) -> Ending:
-    detail = f"The budget {limit.value} of the policy has no room for more before 00:00 UTC."
-    return replace(ending, detail=detail, limit=limit.value)
+    name = limit.value
+    detail = f"The budget {name} has no room for what this may take, before 00:00 UTC or the end of other runs."
+    return replace(ending, detail=detail, limit=name)
 
 
 def until_tomorrow_s() -> int:

@@ -57,6 +57,8 @@ async def test_a_database_is_verified_and_the_first_broken_row_named(ground: Gro
     assert whole.exit_code == 0, whole.output
     assert f"tenant {tenant_id}: rows 1 to 12 hold" in whole.output
     assert "cut off" not in whole.output
+    absent = await run(ground, "verify", "--tenant", str(UUID(int=9)))
+    assert (absent.exit_code, "there is no row" in absent.output) == (1, True)
     assert "may have been cut off" in (await run(ground, "verify")).output
     await ground.as_superuser(
         ("update audit_chain set hash = sha256('x') where tenant_id = :id and seq = 7", {"id": tenant_id})

@@ -196,7 +196,7 @@ async def test_a_turn_that_does_not_fit_ends_a_run_that_has_begun(
     assert "retry-after" in answer.headers
     assert model.bodies == []
     assert await usage(tenant.admin) == [
-        {"model": "default/metered", "runs": 1, "turns": 1, "input_tokens": 0, "output_tokens": 0, "cost_usd": "0"}
+        {"model": "default/metered", "runs": 1, "turns": 0, "input_tokens": 0, "output_tokens": 0, "cost_usd": "0"}
         | {"tool_calls": 0}
     ]
 
