@@ -13,6 +13,8 @@ import structlog
 from anyio import to_thread
 from langchain_core.messages import BaseMessage
 from mcp.types import CallToolResult
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
@@ -23,6 +25,7 @@ from app.runs.gate import Gate
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
 from app.runs.state import (
+    DATABASE_LOST,
     INTERNAL,
     RUN_TIMEOUT,
     SANDBOX_UNAVAILABLE,
@@ -41,6 +44,8 @@ from app.servers.tenant_servers import TenantServers
 from app.telemetry.metrics import RUNS_IN_FLIGHT
 
 _log = structlog.get_logger()
+# What a database that goes away shows itself as.
+_DATABASE_LOST: Final = (DBAPIError, PoolTimeout, ConnectionError, FileNotFoundError, TimeoutError)
 _MAX_AGENTS: Final = 500
 # With a thousand tools an agent takes 4 MB, and overrides can make one for each user.
 _MAX_OF_A_TENANT: Final = 20
@@ -106,9 +111,12 @@ class Executor:
             # At a limit the calls under way may still end; what stops the run otherwise stops them too.
             patience_s = self._tool_timeout_s if ended.ending.answers else 0
             return ended.ending
-        except Exception:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
+        except Exception as error:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
             if deadline.expired():
                 return RUN_TIMEOUT
+            if isinstance(error, _DATABASE_LOST):
+                _log.warning("run.database_unavailable", error=type(error).__name__)
+                return DATABASE_LOST
             _log.exception("run.failed", run_id=str(run.run_id))
             return INTERNAL
         finally:

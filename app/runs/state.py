@@ -55,6 +55,7 @@ STEP_LIMIT: Final = Ending(State.FAILED, "step_limit", 200, "The run used all th
 TOOL_LIMIT: Final = Ending(State.FAILED, "tool_limit", 200, "The run used all the tool calls that the policy allows.")
 RUN_TIMEOUT: Final = Ending(State.TIMED_OUT, "run_timeout", 504, "The run took longer than the policy allows.")
 INTERRUPTED: Final = Ending(State.INTERRUPTED, "interrupted", 503, "The process that executed the run has died.")
+DATABASE_LOST: Final = Ending(State.FAILED, "unavailable", 503, "The database was not available while the run went on.")
 INTERNAL: Final = Ending(State.FAILED, "internal", 500, "Something went wrong on our side.")
 
 
