@@ -68,8 +68,8 @@ def tree(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait for it for at most ten seconds."""
-    for _ in range(500):
+    """Wait for it for at most a minute: a sandbox that starts meanwhile may hold a copy of the mounts for a moment."""
+    for _ in range(3_000):
         if true():
             return
         await asyncio.sleep(0.02)
