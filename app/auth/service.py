@@ -188,7 +188,7 @@ class Authenticator:
         try:
             async with self._platform.transaction() as session:
                 await audit.append(session, use.tenant_id, use.event(count=1))
-        except BaseException:
+        except BaseException:  # cancelled as well: it is still to be recorded
             self._uses.forget(use)
             raise
 

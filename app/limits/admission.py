@@ -62,7 +62,7 @@ class Admission:
         if self._refusals.is_first(key := (caller.tenant_id, caller.user_id, refusing.kind)):
             try:
                 await self._record(caller, refusing)
-            except BaseException:
+            except BaseException:  # cancelled as well: it is still to be recorded
                 self._refusals.forget(key)
                 raise
         raise exceeded(verdict)

@@ -167,7 +167,7 @@ class Attempts:
             try:
                 async with self._platform.transaction() as session:
                     await audit.append(session, PLATFORM_TENANT, event)
-            except BaseException:
+            except BaseException:  # cancelled as well: it is still to be recorded
                 self._slowed.forget(key)
                 raise
 

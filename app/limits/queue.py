@@ -143,7 +143,7 @@ class RunQueue:
         """With a place, which is given back where nothing began."""
         try:
             return await begin()
-        except BaseException:
+        except BaseException:  # cancelled as well: nobody else would give the place back
             self._places.release()
             raise
 
@@ -156,7 +156,7 @@ class RunQueue:
                 await self._turn_of(run_id, waiter, left_s=since + self._wait_s - time.monotonic())
                 try:
                     begun = await begin()
-                except BaseException:
+                except BaseException:  # cancelled as well: the lane waits to be told
                     waiter.outcome.set_result(False)
                     raise
                 waiter.turn = asyncio.get_running_loop().create_future()

@@ -112,7 +112,7 @@ class SharedWindows:
         if not isinstance(self._storage, RedisStorage):
             raise ConfigurationError("BULKHEAD_LIMITS_URL must begin with async+valkey:// or async+valkeys://.")
         # Of the one client that we have; the library's type is that of all of them.
-        self._client: Any = getattr(self._storage.bridge, "get_connection")()  # noqa: B009
+        self._client: Any = getattr(self._storage.bridge, "get_connection")()  # noqa: B009  no attribute that its type knows
         self._script = self._client.register_script(_SCRIPT)
 
     async def take(self, bounds: Sequence[Bound]) -> Verdict:
