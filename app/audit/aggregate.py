@@ -6,11 +6,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 _MAX_KEYS: Final = 10_000
 _AT_ONCE: Final = 500
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(slots=True)
+class _Count:
+    has_first: bool = False
+    others: int = 0
 
 
 class MinuteCounts(Generic[Key]):
@@ -23,22 +30,32 @@ class MinuteCounts(Generic[Key]):
     def __init__(self, *, minutes: int = 1, most: int = _MAX_KEYS) -> None:
         self._minutes = minutes
         self._most = most
-        self._counts: OrderedDict[tuple[Key, int], int] = OrderedDict()
+        self._counts: OrderedDict[tuple[Key, int], _Count] = OrderedDict()
 
-    def is_first(self, key: Key) -> bool:
-        """Count one; True for the first of its minute."""
-        entry = (key, _minute() // self._minutes)
-        if entry in self._counts:
-            self._counts[entry] += 1
-            return False
-        self._counts[entry] = 0
+    @contextmanager
+    def first(self, key: Key) -> Iterator[bool]:
+        """Count one; True for the first of its minute, which is to be recorded inside the block.
+
+        Where that fails the next one is the first, and those that came meanwhile stay counted.
+        """
+        count = self._of(key)
+        is_first = not count.has_first
+        if is_first:
+            count.has_first = True
+        else:
+            count.others += 1
+        try:
+            yield is_first
+        except BaseException:  # cancelled as well: it is still to be recorded
+            if is_first:
+                count.has_first = False
+            raise
+
+    def _of(self, key: Key) -> _Count:
+        count = self._counts.setdefault((key, _minute() // self._minutes), _Count())
         if len(self._counts) > self._most:
             self._counts.popitem(last=False)
-        return True
-
-    def forget(self, key: Key) -> None:
-        """Count what comes next as the first again: this one could not be recorded."""
-        self._counts.pop((key, _minute() // self._minutes), None)
+        return count
 
     @contextmanager
     def finished(self) -> Iterator[list[tuple[Key, int]]]:
@@ -47,12 +64,12 @@ class MinuteCounts(Generic[Key]):
         They are forgotten once the block ends well: a count that could not be recorded is there the next time.
         """
         now = _minute() // self._minutes
-        over = [(entry, count) for entry, count in self._counts.items() if entry[1] < now]
-        for entry, count in over:
-            if not count:
+        over = [(entry, count.others) for entry, count in self._counts.items() if entry[1] < now]
+        for entry, others in over:
+            if not others:
                 del self._counts[entry]
-        counted = [(entry, count) for entry, count in over if count][:_AT_ONCE]
-        yield [(key, count) for (key, _), count in counted]
+        counted = [(entry, others) for entry, others in over if others][:_AT_ONCE]
+        yield [(key, others) for (key, _), others in counted]
         for entry, _ in counted:
             self._counts.pop(entry, None)
 

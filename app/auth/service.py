@@ -175,22 +175,21 @@ class Authenticator:
 
     async def _record(self, refused: _Refused, address: str) -> None:
         """The first of a minute's equal refusals at once; the others are counted (see flush_failures)."""
-        if self._failures.is_first((refused.tenant_id, refused.reason, address)):
-            async with self._platform.transaction() as session:
+        with self._failures.first((refused.tenant_id, refused.reason, address)) as is_first:
+            if is_first:
                 event = _failed(refused.actor_id, refused.reason, address, count=1)
-                await audit.append(session, refused.tenant_id, event)
+                await self._append(refused.tenant_id, event)
 
     async def _record_use(self, caller: Caller, address: str) -> None:
         """The first from an address in an hour, before the caller may do anything; the others are counted."""
         use = _Use(caller.tenant_id, caller.user_id, caller.key_id, caller.role, address)
-        if not self._uses.is_first(use):
-            return
-        try:
-            async with self._platform.transaction() as session:
-                await audit.append(session, use.tenant_id, use.event(count=1))
-        except BaseException:  # cancelled as well: it is still to be recorded
-            self._uses.forget(use)
-            raise
+        with self._uses.first(use) as is_first:
+            if is_first:
+                await self._append(use.tenant_id, use.event(count=1))
+
+    async def _append(self, tenant_id: UUID, event: Event) -> None:
+        async with self._platform.transaction() as session:
+            await audit.append(session, tenant_id, event)
 
     async def flush_uses(self) -> None:
         """Record the counts of the hours that are over; to be called every few seconds."""

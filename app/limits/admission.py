@@ -59,12 +59,9 @@ class Admission:
             return headers(verdict)
         refusing = verdict.tightest.bound
         security.refuse(Violation.RATE_LIMIT, limit=str(refusing.item), of=refusing.kind)
-        if self._refusals.is_first(key := (caller.tenant_id, caller.user_id, refusing.kind)):
-            try:
+        with self._refusals.first((caller.tenant_id, caller.user_id, refusing.kind)) as is_first:
+            if is_first:
                 await self._record(caller, refusing)
-            except BaseException:  # cancelled as well: it is still to be recorded
-                self._refusals.forget(key)
-                raise
         raise exceeded(verdict)
 
     async def _record(self, caller: Caller, refusing: Bound) -> None:

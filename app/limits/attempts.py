@@ -162,14 +162,11 @@ class Attempts:
     async def _tell(self, reason: str, address: str) -> None:
         """The first in a minute is on the platform's record, the others are in the metric."""
         security.refuse(Violation.RATE_LIMIT, reason=reason, address=address)
-        if self._slowed.is_first(key := (reason, neighbourhood(address))):
-            event = Event(EventType.AUTH_SLOWED, data={"reason": reason, "address": address})
-            try:
+        with self._slowed.first((reason, neighbourhood(address))) as is_first:
+            if is_first:
+                event = Event(EventType.AUTH_SLOWED, data={"reason": reason, "address": address})
                 async with self._platform.transaction() as session:
                     await audit.append(session, PLATFORM_TENANT, event)
-            except BaseException:  # cancelled as well: it is still to be recorded
-                self._slowed.forget(key)
-                raise
 
     def _failures(self, attempt: Attempt) -> _Failures | None:
         """Of the last ten minutes."""

@@ -57,11 +57,12 @@ async def active_policy(request: Request, caller: Asker) -> ActivePolicy:
 async def record_refusal(request: Request, caller: Caller, reason: str) -> None:
     """Of a query that leaves no run: the first of a user's in a minute."""
     refusals: MinuteCounts[tuple[UUID, UUID, str]] = request.app.state.refusals
-    if refusals.is_first((caller.tenant_id, caller.user_id, reason)):
-        database: Database = request.app.state.database
-        async with database.transaction(caller.tenant_id) as session:
-            event = Event(EventType.QUERY_REFUSED, actor_id=caller.user_id, data={"reason": reason})
-            await audit.append(session, caller.tenant_id, event)
+    with refusals.first((caller.tenant_id, caller.user_id, reason)) as is_first:
+        if is_first:
+            database: Database = request.app.state.database
+            async with database.transaction(caller.tenant_id) as session:
+                event = Event(EventType.QUERY_REFUSED, actor_id=caller.user_id, data={"reason": reason})
+                await audit.append(session, caller.tenant_id, event)
 
 
 ThePolicy = Annotated[ActivePolicy, Depends(active_policy)]

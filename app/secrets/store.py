@@ -233,8 +233,9 @@ class TenantSecrets:
             outcome=error.outcome,
             detail=error.detail,
         )
-        if self._failures.is_first((place, source.id, error.outcome)):
-            await self._record(place[0], source, error.outcome)
+        with self._failures.first((place, source.id, error.outcome)) as is_first:
+            if is_first:
+                await self._record(place[0], source, error.outcome)
 
     async def _record(self, tenant_id: UUID, source: Source, outcome: Outcome) -> None:
         data = {"name": source.name, "version": source.version, "provider": source.provider, "outcome": outcome.value}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +15,8 @@ from typing import Final, Protocol
 from app.telemetry.metrics import LOG_LINES_LOST
 
 _MOST: Final = 10_000
-# Lines that come close together are one write, and one wake of the thread.
-_GATHER_S: Final = 0.01
+# Lines that come close together are one write, and one wake of the thread, for which the event loop has to wait.
+_GATHER_S: Final = 0.1
 _PATIENCE_S: Final = 1.0
 
 
@@ -140,10 +141,9 @@ class Lines:
                 self._thread.start()
 
     def _keep_writing(self) -> None:
-        pause = threading.Event()
         while True:
             self._has_some.wait()
-            pause.wait(_GATHER_S)
+            time.sleep(_GATHER_S)
             self._has_some.clear()
             items = [self._waiting.popleft() for _ in range(len(self._waiting))]
             self._write([item for item in items if isinstance(item, str)])

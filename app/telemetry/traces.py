@@ -7,14 +7,15 @@ request asks for, and a request that is not sampled, cost a look into a context 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, Literal, Protocol
 
 from app.errors import ConfigurationError
 
-Attributes = Mapping[str, str | int | float | bool | Sequence[str]]
+Value = str | int | float | bool
+Attributes = Mapping[str, Value]
 Kind = Literal["internal", "client", "server"]
 
 

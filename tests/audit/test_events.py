@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 from uuid import UUID
@@ -226,6 +228,79 @@ async def test_a_known_users_refusal_is_in_its_tenants_record_alone(service: Ser
     assert tenant.id not in json.dumps(await failed_logins(service))
 
 
+@asynccontextmanager
+async def no_event_written(service: Service) -> AsyncIterator[None]:
+    """No role may insert one during the block."""
+    roles = f'"{service.urls.app_role}", "{service.urls.platform_role}"'
+    await service.sql(f"revoke insert on audit_events from {roles}")
+    yield
+    await service.sql(f"grant insert on audit_events to {roles}")
+
+
+async def test_a_refused_credential_that_could_not_be_recorded_leaves_it_to_the_next(
+    fresh_service: Service, minute: list[float]
+) -> None:
+    stranger = await fresh_service.client(mint().text)
+    async with no_event_written(fresh_service):
+        assert (await stranger.get("/v1/me")).status_code == 503
+    for _ in range(3):
+        assert (await stranger.get("/v1/me")).status_code == 401
+    (first,) = await failed_logins(fresh_service)
+    assert first["data"]["count"] == 1
+    minute[0] += 60
+    await fresh_service.app.state.authenticator.flush_failures()
+    assert [event["data"]["count"] for event in await failed_logins(fresh_service)] == [1, 2]
+
+
+async def test_a_query_that_leaves_no_run_and_no_event_leaves_it_to_the_next(
+    fresh_service: Service, minute: list[float]
+) -> None:
+    tenant = await fresh_service.new_tenant(policy=None)
+    assert (await tenant.user.get("/v1/me")).status_code == 200  # its credential's first use is recorded before
+    assert minute
+    async with no_event_written(fresh_service):
+        assert (await tenant.user.ask("Is anybody there?")).status_code == 503
+    for _ in range(3):
+        assert (await tenant.user.ask("Is anybody there?")).json()["code"] == "no_policy"
+    refused = [event for event in await tenant.admin.events() if event["type"] == "query.refused"]
+    assert [event["data"]["reason"] for event in refused] == ["no_policy"]
+
+
+def is_first(counts: MinuteCounts[Any], key: object) -> bool:
+    with counts.first(key) as first:
+        return first
+
+
+def test_those_that_came_while_the_first_could_not_be_recorded_stay_counted(minute: list[float]) -> None:
+    counts: MinuteCounts[str] = MinuteCounts()
+
+    def fail() -> None:
+        with counts.first("address") as first:
+            assert first
+            assert [is_first(counts, "address") for _ in range(3)] == [False] * 3
+            raise OSError("the database is away")
+
+    with pytest.raises(OSError, match="database"):
+        fail()
+    assert [is_first(counts, "address") for _ in range(2)] == [True, False]
+    minute[0] += 60
+    assert [taken_from(counts) for _ in range(2)] == [4, 0]
+
+
+def test_a_first_that_fails_in_the_minute_after_leaves_that_one_as_it_is(minute: list[float]) -> None:
+    counts: MinuteCounts[str] = MinuteCounts()
+
+    def fail() -> None:
+        with counts.first("address"):
+            minute[0] += 60
+            assert is_first(counts, "address")
+            raise OSError("the database is away")
+
+    with pytest.raises(OSError, match="database"):
+        fail()
+    assert not is_first(counts, "address")
+
+
 def taken_from(counts: MinuteCounts[str]) -> int:
     with counts.finished() as finished:
         return sum(count for _, count in finished)
@@ -234,7 +309,7 @@ def taken_from(counts: MinuteCounts[str]) -> int:
 def test_counts_that_could_not_be_recorded_are_there_the_next_time(minute: list[float]) -> None:
     counts: MinuteCounts[str] = MinuteCounts()
     for _ in range(3):
-        counts.is_first("address")
+        is_first(counts, "address")
     minute[0] += 60
     with pytest.raises(OSError, match="database"), counts.finished():
         raise OSError("the database is away")
@@ -247,7 +322,7 @@ def test_a_flood_across_the_turn_of_a_minute_loses_no_count(minute: list[float])
     firsts = taken = 0
     for second in range(300):
         minute[0] += 1
-        firsts += sum(counts.is_first("address") for _ in range(10))
+        firsts += sum(is_first(counts, "address") for _ in range(10))
         if second % 5 == 0:
             taken += taken_from(counts)
     minute[0] += 60
@@ -257,5 +332,5 @@ def test_a_flood_across_the_turn_of_a_minute_loses_no_count(minute: list[float])
 
 def test_a_flood_of_keys_is_bounded_in_memory(minute: list[float]) -> None:
     counts: MinuteCounts[int] = MinuteCounts()
-    assert all(counts.is_first(key) for key in range(25_000))
+    assert all(is_first(counts, key) for key in range(25_000))
     assert len(counts._counts) == 10_000

@@ -297,6 +297,41 @@ async def test_a_collector_in_trouble_delays_nobody_and_the_end_is_bounded(
         assert not own._outbox._thread.is_alive()
 
 
+async def test_a_span_is_bounded_and_is_over_when_it_has_ended() -> None:
+    with collecting() as own_collector:
+        own = tracer(own_collector)
+        others = [own.request("other", {}, traceparent=None) for _ in range(30)]
+        span = own.request("GET", {"text": "x" * 20_000, "count": 1}, traceparent=None)
+        for other in others:
+            span.link(other)
+        span.fail("first")
+        span.fail("second")
+        span.end()
+        span.note({"late": True})
+        span.rename("late")
+        span.end()
+        assert not span.is_open
+        await own.aclose()
+    (sent,) = own_collector.spans
+    assert (sent.name, sent.has_failed, len(sent.links)) == ("GET", True, 16)
+    assert sent.attributes == {"text": "x" * 16_000, "count": 1, "error.type": "first"}
+    assert sent.links[0] == (others[0].trace_id, others[0].span_id)
+
+
+async def test_what_ends_while_a_batch_is_sent_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch costs as much as 150 spans, so a batch for each few would be most of what traces cost."""
+    monkeypatch.setattr(otlp, "_EVERY_S", 0.3)
+    with collecting() as slow:
+        slow.delay_s = 0.02
+        own = tracer(slow)
+        for _ in range(100):
+            own.request("GET", {}, traceparent=None).end()
+            await asyncio.sleep(0.01)
+        await own.aclose()
+    assert len(slow.spans) == 100
+    assert 1 < len(slow.bodies) <= 8
+
+
 async def test_a_collector_that_is_not_there_loses_spans_and_nothing_else() -> None:
     own = OtlpTracer("http://127.0.0.1:9/v1/traces", headers={}, ratio=1, trusts_callers=False, with_content=False)
     failed = spans_that_were("failed")
