@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: up down reset test test-long packages browser monitoring check bench lock help anew
+.PHONY: up down reset test test-long packages browser monitoring node check bench lock help anew
 
 BIN := .venv/bin
 
@@ -114,7 +114,13 @@ monitoring:
 	fi
 	echo 'There is no Prometheus here, so its tests are skipped. To run them: apt-get install $(MONITORING)'
 
-packages: browser monitoring
+node:
+	@if command -v node > /dev/null; then exit 0; fi
+	if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends nodejs > /dev/null
+	then exit 0; fi
+	echo 'There is no Node.js here, so the JavaScript of the documents is not run. To run it: apt-get install nodejs'
+
+packages: browser monitoring node
 
 # More workers than the two processors of a small machine, since much is waited for.
 test: $(TOOLS) packages  ## Run the tests, with samples of the long ones

@@ -124,7 +124,7 @@ async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls, listener
     platform_key = await machine.platform_key(urls, _keyring(settings))
     async with (
         rehearsal() as model,
-        serving(settings, urls=urls, sandbox=sandbox, listener=listener, rehearsal=model) as server,
+        serving(settings, urls=urls, sandbox=sandbox, listener=listener, rehearsal=model, works=True) as server,
     ):
         demo = machine.demo(url_of(listener))
         await demo.prepare(platform_key=platform_key, metrics_token=settings.metrics_token)
@@ -148,6 +148,28 @@ async def _serve(settings: Settings, urls: DatabaseUrls, listener: socket.socket
     async with serving(settings, urls=urls, sandbox=await choose(settings.sandbox), listener=listener) as server:
         structlog.get_logger().info("serving", url=url_of(listener))
         await asyncio.wait({server})
+
+
+@cli.command()
+def worker() -> None:
+    """Execute background runs of the configured database, beside any number of other workers."""
+    settings = _settings()
+    _log_as(settings)
+    urls = _urls(settings)
+    with (
+        interruptible(),
+        bound(settings.host, settings.worker_port, setting="BULKHEAD_WORKER_PORT") as listener,
+        _database_explained(),
+    ):
+        uvloop.run(until_interrupted(_work(settings, urls, listener)))
+
+
+async def _work(settings: Settings, urls: DatabaseUrls, listener: socket.socket) -> None:
+    from app.worker import working  # noqa: PLC0415  as above
+
+    async with working(settings, urls=urls, sandbox=await choose(settings.sandbox), listener=listener) as task:
+        structlog.get_logger().info("working", url=url_of(listener))
+        await asyncio.wait({task})
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -22,7 +22,11 @@ from app.telemetry import traces
 from app.telemetry.traces import Span
 
 _PORT: Final = 5432
-_SET_TENANT = text("select set_config('app.tenant_id', :tenant_id, true)")
+# A process that stalls in the middle loses its locks, which others wait for, as soon as a statement would.
+_SET_TENANT = text(
+    "select set_config('app.tenant_id', :tenant_id, true),"
+    " set_config('idle_in_transaction_session_timeout', '30s', true)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,12 @@ class Base(DeclarativeBase):
 def new_id() -> UUID:
     """A UUIDv7: unique, and in the order of its making."""
     return uuid_utils.compat.uuid7()
+
+
+def first_id_at(at: datetime) -> UUID:
+    """The least UUIDv7 of that moment: its first 48 bits are milliseconds."""
+    since_1970 = at - datetime(1970, 1, 1, tzinfo=UTC)
+    return UUID(int=max(0, since_1970 // timedelta(milliseconds=1)) << 80)
 
 
 def create_engine(url: str, *, pool_size: int) -> AsyncEngine:

@@ -20,7 +20,7 @@ _MAX_HEAD_BYTES: Final = 64 * 1024
 
 
 @contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
+def bound(host: str, port: int, *, setting: str = "BULKHEAD_PORT") -> Iterator[socket.socket]:
     """A socket that listens, before anything else is started; raise ConfigurationError where it cannot.
 
     Who connects before the application is there waits for it. Port 0 is any free one.
@@ -35,10 +35,10 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigurationError(
-                    f"Port {port} of {host} is in use. Stop what uses it, or set BULKHEAD_PORT to another."
+                    f"Port {port} of {host} is in use. Stop what uses it, or set {setting} to another."
                 ) from None
             raise ConfigurationError(
-                f"Cannot listen on {host}, port {port}: {error.strerror}. Set BULKHEAD_HOST or BULKHEAD_PORT."
+                f"Cannot listen on {host}, port {port}: {error.strerror}. Set BULKHEAD_HOST or {setting}."
             ) from None
         yield listener
 
@@ -60,6 +60,8 @@ class BoundedHead(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
+        # For whoever sends to a client that does not read: closing would wait until it does.
+        self.scope["extensions"] = {"bulkhead.abort": self.transport.abort}  # type: ignore[dict-item]  # a name of ours
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None

@@ -19,16 +19,18 @@ from app.problems import responses
 from app.telemetry import metrics
 
 router = APIRouter(tags=["operations"])
+# What a process is asked that serves no callers, too.
+probes = APIRouter(tags=["operations"])
 _BY_ADDRESS: Final[Any] = Depends(counted_by_address)
 
 
-@router.get("/healthz", summary="The process lives")
+@probes.get("/healthz", summary="The process lives")
 async def read_health() -> dict[str, str]:
     """Says nothing of what it needs."""
     return {"status": "ok"}
 
 
-@router.get(
+@probes.get(
     "/readyz",
     summary="The service can answer queries",
     responses={503: {"description": "Not ready"}},
@@ -41,7 +43,7 @@ async def read_readiness(request: Request, response: Response) -> dict[str, Any]
     """
     state = request.app.state
     parts = await _parts(state)
-    is_ready = all(parts.values())
+    is_ready = all(parts.values()) and not state.is_ending
     response.status_code = 200 if is_ready else 503
     models = sorted(filter(state.catalogue.is_own, state.catalogue.endpoints))
     return {"ready": is_ready, **parts, "sandbox_detail": _sandbox(state), "models": models}
@@ -99,7 +101,7 @@ async def read_description(request: Request) -> dict[str, Any]:
     return description
 
 
-@router.get("/metrics", summary="Prometheus metrics", responses=responses(401))
+@probes.get("/metrics", summary="Prometheus metrics", responses=responses(401))
 async def read_metrics(request: Request) -> Response:
     """For the bearer of the metrics token; without one set, for nobody."""
     token = request.app.state.settings.metrics_token

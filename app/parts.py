@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from app import run_parts
 from app.audit.aggregate import MinuteCounts
 from app.audit.heads import HeadFile
 from app.audit.outbox import Outbox
@@ -21,7 +22,6 @@ from app.errors import ConfigurationError
 from app.keyring import Keyring
 from app.limits.admission import Admission
 from app.limits.attempts import Attempts
-from app.limits.queue import RunQueue
 from app.limits.rates import TIMEOUT_S, RateLimiter
 from app.limits.shared import SharedWindows
 from app.model_endpoints.following import StoredModels
@@ -33,14 +33,9 @@ from app.platform_db import PlatformDatabase
 from app.policies.caps import Caps
 from app.policies.turns import Turns
 from app.policies.versions import PolicyCache
-from app.runs.backtests import Backtests
 from app.runs.budgets import Budgets
 from app.runs.chats import Chats
-from app.runs.executor import Executor
-from app.runs.journal import Journal
 from app.runs.redaction import Redactor
-from app.runs.service import RunService
-from app.runs.watch import Watch
 from app.sandbox.cgroup_search import NoCgroups
 from app.sandbox.choice import ProbedSandbox
 from app.secrets.locators import ENVIRONMENT_PREFIX
@@ -71,51 +66,78 @@ def build(
     settings: Settings, urls: DatabaseUrls, sandbox: ProbedSandbox, rehearsal: ModelEndpoint | None
 ) -> Mapping[str, Any]:
     """Every part by the name that routes ask for it."""
-    models = catalogue.from_settings(settings, rehearsal)
-    _check_settings(settings, models)
+    models = _checked_models(settings, rehearsal)
     keyring = _keyring(settings)
     database = Database(create_engine(urls.app, pool_size=settings.database_pool))
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
     # Connections of its own: a flood of credentials to look up must not hold up what stops runs.
     watching = PlatformDatabase(create_engine(urls.platform, pool_size=2))
     outbound, key_client = _build_clients(settings, has_rehearsal=rehearsal is not None)
-    remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
     secrets = _build_secrets(settings, database, watching, keyring)
-    redact = Redactor(_unspeakable(settings, models), of_tenant=secrets.redact)
+    redact = Redactor(_unspeakable(settings, models), of_tenant=secrets.redact, open_from=secrets.open_from)
     relay = EgressRelay(path=settings.egress_socket, ca_file=settings.server_ca_file)
     egress = _build_egress(settings, urls, relay, database, keyring)
     identities = Identities(keyring, settings.public_url)
     serving = _build_servers(settings, database, sandbox, egress, redact, identities, secrets)
-    chats = _build_chats(settings, models, outbound)
-    runs = _build_runs(settings, database, watching, keyring, chats, serving, redact, budgets=Budgets(database, models))
     policies = _build_policies(settings, database)
+    ground = run_parts.Ground(
+        settings=settings,
+        urls=urls,
+        database=database,
+        watching=watching,
+        keyring=keyring,
+        policies=policies["policies"],
+        budgets=Budgets(database, models),
+        chats=_build_chats(settings, models, outbound),
+        serving=serving,
+        redact=redact,
+    )
+    runs = run_parts.build(ground)
     return {
+        **_build_process(settings),
         **serving,
+        **_build_callers(database, platform, keyring, key_client),
         **_build_sealing(settings, urls, keyring, database),
         **_build_limits(settings, database, platform),
         **runs,
         **policies,
+        **_build_watched(watching, keyring, models, redact),
         "remembered": Forgetting(watching, policies["policies"], runs["executor"], secrets),
-        "settings": settings,
-        "tracer": _build_tracer(settings),
         "secrets": secrets,
         "relay": relay,
-        "cgroups": NoCgroups("nothing has been started yet"),
-        "background": (),
         "sandbox": sandbox,
         "database": database,
         "platform": platform,
-        "outbox": Outbox(watching),
-        "refusals": MinuteCounts(),
         "watching": watching,
-        "keyring": keyring,
         "identities": identities,
-        "cursors": Cursors(keyring),
         "outbound": (outbound, key_client),
-        "catalogue": models,
-        "stored_models": StoredModels(platform=watching, keyring=keyring, catalogue=models, conceal=redact.learn),
+    }
+
+
+def _build_process(settings: Settings) -> dict[str, Any]:
+    """What is about the process; the rest of it is set once it is at work."""
+    later = {"cgroups": NoCgroups("nothing has been started yet"), "background": (), "is_ending": False}
+    return {"settings": settings, "tracer": _build_tracer(settings)} | later
+
+
+def _build_callers(
+    database: Database, platform: PlatformDatabase, keyring: Keyring, key_client: httpx.AsyncClient
+) -> dict[str, Any]:
+    """What knows who calls, and what they have been told."""
+    remote_keys = jwks.JwksCache(lambda url: fetch(key_client, url, max_bytes=jwks.MAX_DOCUMENT_BYTES))
+    return {
+        "keyring": keyring,
+        "cursors": Cursors(keyring),
+        "refusals": MinuteCounts(),
         "authenticator": Authenticator(database=database, platform=platform, keyring=keyring, remote_keys=remote_keys),
     }
+
+
+def _build_watched(
+    watching: PlatformDatabase, keyring: Keyring, models: ModelCatalogue, redact: Redactor
+) -> dict[str, Any]:
+    stored = StoredModels(platform=watching, keyring=keyring, catalogue=models, conceal=redact.learn)
+    return {"outbox": Outbox(watching), "catalogue": models, "stored_models": stored}
 
 
 def _build_clients(settings: Settings, *, has_rehearsal: bool) -> tuple[httpx.AsyncClient, httpx.AsyncClient]:
@@ -146,11 +168,13 @@ def _caps(settings: Settings) -> Caps:
     )
 
 
-def _check_settings(settings: Settings, models: ModelCatalogue) -> None:
+def _checked_models(settings: Settings, rehearsal: ModelEndpoint | None) -> ModelCatalogue:
+    models = catalogue.from_settings(settings, rehearsal)
     if not models.endpoints:
         raise ConfigurationError("There is no model: set BULKHEAD_MODEL_API_KEY, or start the demo with `make up`.")
     if unknown := sorted(settings.egress_private_networks.keys() - templates.names()):
         raise ConfigurationError(f"BULKHEAD_EGRESS_PRIVATE_NETWORKS: there is no template {', '.join(unknown)}.")
+    return models
 
 
 def _build_limits(settings: Settings, database: Database, platform: PlatformDatabase) -> dict[str, Any]:
@@ -247,48 +271,6 @@ def _build_servers(
     offers = ServerOffers(data_dir, settings.server_catalogue)
     erasing = {"discard": Discarding(data_dir / "workspaces", volumes), "forgetting": (starter.forget,)}
     return {**erasing, "workspaces": workspaces, "pool": pool, "starter": starter, "servers": servers, "offers": offers}
-
-
-def _build_runs(
-    settings: Settings,
-    database: Database,
-    watching: PlatformDatabase,
-    keyring: Keyring,
-    chats: Chats,
-    serving: Mapping[str, Any],
-    redact: Redactor,
-    *,
-    budgets: Budgets,
-) -> dict[str, Any]:
-    journal = Journal(database)
-    executor = Executor(
-        journal=journal,
-        chats=chats,
-        servers=serving["servers"],
-        redact=redact,
-        tool_timeout_s=settings.tool_timeout_s,
-    )
-    lease_s = settings.run_lease_s
-    queue = RunQueue(
-        places=settings.runs_max,
-        waiting=settings.queue_max,
-        waiting_of_a_tenant=settings.queue_per_tenant,
-        wait_s=settings.queue_wait_s,
-    )
-    runs = RunService(
-        database=database,
-        keyring=keyring,
-        journal=journal,
-        executor=executor,
-        queue=queue,
-        budgets=budgets,
-        lease_s=lease_s,
-    )
-    watch = Watch(
-        platform=watching, executor=executor, pool=serving["pool"], every_s=settings.run_watch_s, lease_s=lease_s
-    )
-    backtests = Backtests(database=database, keyring=keyring)
-    return {"executor": executor, "runs": runs, "watch": watch, "backtests": backtests}
 
 
 def _build_sealing(settings: Settings, urls: DatabaseUrls, keyring: Keyring, database: Database) -> dict[str, Any]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Final
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, field_validator
 
 # So many requests in a moving window.
 RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
 VersionNumber = Annotated[int, Path(ge=1, le=2_147_483_647)]
+
+
+def _in_reach(at: datetime) -> datetime:
+    if not 1970 <= at.year < 9999:
+        raise ValueError("the year must be from 1970 to 9998")
+    return at
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_reach)]
 
 
 class Body(BaseModel):

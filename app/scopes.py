@@ -22,6 +22,9 @@ class Scope(StrEnum):
     RUNS_READ = "runs:read"
     RUNS_READ_ALL = "runs:read_all"
     RUNS_CANCEL_ALL = "runs:cancel_all"
+    APPROVALS_READ = "approvals:read"
+    APPROVALS_DECIDE = "approvals:decide"
+    APPROVALS_DECIDE_ALL = "approvals:decide_all"
     POLICIES_READ = "policies:read"
     POLICIES_WRITE = "policies:write"
     POLICIES_PUBLISH = "policies:publish"
@@ -46,11 +49,14 @@ class Scope(StrEnum):
     TENANTS_WRITE = "tenants:write"
 
 
-_USER: Final = frozenset({Scope.RUNS_CREATE, Scope.RUNS_READ, Scope.USAGE_READ})
+_USER: Final = frozenset(
+    {Scope.RUNS_CREATE, Scope.RUNS_READ, Scope.APPROVALS_READ, Scope.APPROVALS_DECIDE, Scope.USAGE_READ}
+)
 _AUDITOR: Final = frozenset(
     {
         Scope.RUNS_READ,
         Scope.RUNS_READ_ALL,
+        Scope.APPROVALS_READ,
         Scope.USAGE_READ,
         Scope.USAGE_READ_ALL,
         Scope.POLICIES_READ,
@@ -66,6 +72,7 @@ _TENANT_ADMIN: Final = (
     | _AUDITOR
     | {
         Scope.RUNS_CANCEL_ALL,
+        Scope.APPROVALS_DECIDE_ALL,
         Scope.POLICIES_WRITE,
         Scope.POLICIES_PUBLISH,
         Scope.WORKSPACES_READ,

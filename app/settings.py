@@ -171,6 +171,24 @@ class Settings(BaseSettings):
     # Networks of proxies whose X-Forwarded-For is believed.
     trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
 
+    # Background runs that one worker has under way at once, and where it answers probes and gives its metrics.
+    worker_runs: Annotated[int, Field(ge=2, le=1000)] = 32
+    worker_port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    # Background runs of one tenant: under way or next at once, on all workers together, and queued.
+    background_per_tenant: Annotated[int, Field(ge=1)] = 8
+    background_queued: Annotated[int, Field(ge=1)] = 10_000
+    # How often a background run is taken up, all told, before one whose process died once more is given up.
+    run_attempts: Annotated[int, Field(ge=1)] = 5
+    # How long runs under way may go on once their process is asked to end, in seconds.
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 25
+    # Streams of events that are open at once: of this process, and of one user on it.
+    streams_max: Annotated[int, Field(ge=1, le=100_000)] = 2_000
+    streams_per_user: Annotated[int, Field(ge=1)] = 20
+    # How often a stream says that it lives, and how long a client may take to read before it is cut off, in seconds.
+    stream_heartbeat_s: Annotated[float, Field(ge=1, le=300)] = 15
+    stream_send_s: Annotated[float, Field(ge=0.1, le=300)] = 20
+    # How long the events of runs are kept at least, in days: they go by whole months.
+    events_retention_days: Annotated[int, Field(ge=1, le=3650)] = 30
     # How long a run outlives the last sign of its process, in seconds, by the database's clock.
     run_lease_s: Annotated[float, Field(ge=2)] = 6
     # How often stop orders for runs in flight are read, in seconds.
@@ -214,6 +232,12 @@ class Settings(BaseSettings):
         first, last = self.sandbox_uid_range
         if not first <= last < 2**31:
             raise ValueError("SANDBOX_UIDS must be a first and a last host user below 2147483648")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_share_a_worker(self) -> Self:
+        if self.background_per_tenant >= self.worker_runs:
+            raise ValueError("BACKGROUND_PER_TENANT must be less than WORKER_RUNS, else one tenant can fill a worker")
         return self
 
     @model_validator(mode="after")

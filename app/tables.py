@@ -9,6 +9,8 @@ from app.idempotency import models as idempotency
 from app.limits import models as limits
 from app.model_endpoints import models as model_endpoints
 from app.policies import models as policies
+from app.runs import conversation_models as conversations
+from app.runs import event_models as run_events
 from app.runs import models as runs
 from app.secrets import models as secrets
 from app.servers import models as servers
@@ -18,11 +20,13 @@ metadata = Base.metadata
 __all__ = [
     "audit",
     "auth",
+    "conversations",
     "idempotency",
     "limits",
     "metadata",
     "model_endpoints",
     "policies",
+    "run_events",
     "runs",
     "secrets",
     "servers",

@@ -15,7 +15,7 @@ from app.tables import metadata
 
 def _is_ours(_object: object, name: str | None, kind: str, *_rest: object) -> bool:
     # Partitions are made by bulkhead_ensure_partitions(), not by the models.
-    return not (kind == "table" and name is not None and name.startswith("audit_events_"))
+    return not (kind == "table" and name is not None and name.startswith(("audit_events_", "run_events_")))
 
 
 def _migrate(connection: Connection) -> None:

@@ -174,9 +174,17 @@ def new_client(url: str, key: str, check: Documented | None = None) -> Client:
 
 @asynccontextmanager
 async def running_service(
-    databases: Databases, data_dir: Path, *, model: ModelEndpoint | None = None, **settings: Any
+    databases: Databases,
+    data_dir: Path,
+    *,
+    model: ModelEndpoint | None = None,
+    works: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Service]:
-    """Start a service; `model` becomes the catalogue's entry `default`, beside the rehearsal."""
+    """Start a service; `model` becomes the catalogue's entry `default`, beside the rehearsal.
+
+    With `works` a worker executes background runs inside it.
+    """
     urls = await asyncio.to_thread(databases)
     token = secrets.token_urlsafe(16)
     if model is not None:
@@ -203,6 +211,12 @@ async def running_service(
         app = create_app(chosen, urls=urls, sandbox=await choose(chosen.sandbox), rehearsal=endpoint)
         await stack.enter_async_context(app.router.lifespan_context(app))
         await stack.enter_async_context(listening(app, listener))
+        if works:
+            from app.worker import at_work  # noqa: PLC0415  an engine and a driver that most tests do not need
+
+            await stack.enter_async_context(at_work(app.state, urls, drain_s=0))
+        stack.callback(app.state.following.close)
+        stack.callback(app.state.twins.close)
         stack.push_async_callback(app.state.runs.close)  # before the connections that wait for their answers
         url = url_of(listener)
         platform = await stack.enter_async_context(new_client(url, platform_key.text, Documented(app)))

@@ -25,6 +25,8 @@ from app.servers.quarantine import ServerQuarantined
 from app.servers.starting import Borrower
 from app.tables import metadata
 from tests.auth.forgery import Issuer
+from tests.grants import GRANTS
+from tests.runs.waiting import waiting_run
 from tests.service import Databases, Service, Tenant
 
 # The schema's own version belongs to nobody.
@@ -32,63 +34,6 @@ SHARED: Final = {"alembic_version"}
 REFUSED: Final = "42501"  # insufficient_privilege: by a grant, by row-level security, or by our trigger
 FOREIGN_KEY: Final = "23503"
 UNIQUE: Final = "23505"
-GRANTS: Final = """\
-app alembic_version SELECT
-app api_keys INSERT, SELECT, UPDATE(expires_at, revoked_at)
-app audit_chain SELECT
-app audit_checkpoints SELECT
-app audit_events INSERT, SELECT
-app audit_heads SELECT
-app budget_accounts INSERT, SELECT, UPDATE
-app budget_days INSERT, SELECT, UPDATE(cost, tokens, tool_calls)
-app budget_reservations DELETE, INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, tool_calls)
-app bulkhead_delete_erased EXECUTE
-app bulkhead_erase_user EXECUTE
-app contents INSERT, SELECT
-app idempotency_keys INSERT, SELECT, UPDATE(answer, created_at, digest)
-app issuers DELETE, INSERT, SELECT
-app kill_switches INSERT, SELECT, UPDATE(lifted_at)
-app policy_backtests INSERT, SELECT
-app policy_checks INSERT, SELECT, UPDATE(checked_at, checked_by, tools)
-app policy_publications INSERT, SELECT
-app policy_versions INSERT, SELECT
-app published_policies INSERT, SELECT, UPDATE
-app quarantines INSERT, SELECT, UPDATE
-app runs INSERT, SELECT, UPDATE
-app secret_bindings SELECT
-app secrets DELETE, INSERT, SELECT, UPDATE(id, key_id, sealed, updated_at, updated_by, version)
-app tenants SELECT, UPDATE(generation)
-app tool_calls INSERT, SELECT, UPDATE(duration_ms, outcome)
-app usage_models INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, runs, tool_calls, turns)
-app usage_tools INSERT, SELECT, UPDATE(allowed, denied, duration_ms, failed)
-app users INSERT, SELECT, UPDATE(disabled_at, role, wrapped_key)
-platform alembic_version SELECT
-platform api_keys SELECT, UPDATE(last_used_at)
-platform audit_events INSERT
-platform budget_accounts INSERT, SELECT, UPDATE
-platform budget_days INSERT, SELECT, UPDATE(cost, tokens, tool_calls)
-platform budget_reservations DELETE, SELECT
-platform bulkhead_ensure_partitions EXECUTE
-platform bulkhead_erase_tenant EXECUTE
-platform idempotency_keys DELETE, INSERT, SELECT, UPDATE(answer, created_at, digest)
-platform issuers SELECT
-platform kill_switches SELECT
-platform model_endpoints DELETE, INSERT, SELECT, UPDATE
-platform runs SELECT, UPDATE(code, finished_at, lease_until, state)
-platform secret_bindings DELETE, INSERT, SELECT, UPDATE(id, locator, provider, updated_at, updated_by, version)
-platform secrets SELECT(id, name, tenant_id)
-platform tenants INSERT, SELECT, UPDATE(generation, status)
-platform tool_calls SELECT, UPDATE(outcome)
-platform usage_models INSERT, SELECT, UPDATE(cost, input_tokens, output_tokens, runs, tool_calls, turns)
-platform usage_tools INSERT, SELECT, UPDATE(allowed, denied, duration_ms, failed)
-platform users SELECT(disabled_at, id, issuer, role, subject, tenant_id)
-sealer audit_chain INSERT, SELECT
-sealer audit_checkpoints INSERT, SELECT
-sealer audit_events SELECT
-sealer audit_heads INSERT, SELECT
-sealer audit_pending DELETE, SELECT
-sealer bulkhead_drop_empty_partitions EXECUTE
-sealer bulkhead_prune_audit EXECUTE"""
 _GRANTS: Final = """
 with held(grantee, object, privilege, of_column) as (
     select (aclexplode(relacl)).grantee, relname, (aclexplode(relacl)).privilege_type, null
@@ -154,12 +99,14 @@ async def db(service: Service) -> Inhabited:
         await tenant.admin.make("/v1/issuers", json=issuer, headers=once)
         await tenant.admin.make("/v1/switches", json={"scope": "server", "target": "other", "reason": "test"})
         await tenant.admin.make("/v1/policies/1/backtest", json={})
+        await tenant.user.make("/v1/conversations")
         assert (await tenant.admin.put("/v1/secrets/key", json={"value": "some-text"})).is_success
         locator = {"locator": {"provider": "environment", "variable": "BULKHEAD_SECRET_A"}}
         bound = await service.platform.put(f"/v1/tenants/{tenant.id}/secret-bindings/bound", json=locator)
         assert bound.is_success
         run = (await tenant.user.ask("What does note.md say?")).json()
         assert run["tool_calls"]
+        await waiting_run(service, tenant)
         async with service.app.state.database.transaction(UUID(tenant.id)) as session:
             for statement in UNDER_WAY:
                 await session.execute(text(statement))
@@ -172,12 +119,13 @@ async def db(service: Service) -> Inhabited:
 # A run that has ended has no reservation, and one that is running has a lease.
 UNDER_WAY: Final = (
     (
-        "insert into runs (tenant_id, id, user_id, policy_version, state, model)"
-        " select tenant_id, gen_random_uuid(), user_id, policy_version, 'waiting_approval', model from runs limit 1"
+        "insert into runs (tenant_id, id, user_id, policy_version, state, model, lease_until)"
+        " select tenant_id, gen_random_uuid(), user_id, policy_version, 'running', model, now() + interval '1 hour'"
+        " from runs limit 1"
     ),
     (
         "insert into budget_reservations (tenant_id, run_id, user_id, day, model, input_tokens, output_tokens, cost)"
-        " select tenant_id, id, user_id, current_date, model, 1, 1, 1 from runs where state = 'waiting_approval'"
+        " select tenant_id, id, user_id, current_date, model, 1, 1, 1 from runs where state = 'running'"
     ),
 )
 PLATFORMS: Final = {"model_endpoints"}
@@ -306,6 +254,18 @@ async def test_transactions_of_many_tenants_share_connections_and_nothing_else(d
     await database.dispose()
 
 
+async def test_a_process_that_stalls_in_a_transaction_keeps_its_locks_for_no_longer_than_a_statement_may_take(
+    db: Inhabited,
+) -> None:
+    engine = create_engine(db.service.urls.app, pool_size=1)
+    setting = text("select current_setting('idle_in_transaction_session_timeout')")
+    async with Database(engine).transaction(uuid.UUID(db.a.id)) as session:
+        assert await session.scalar(setting) == "30s"
+    async with engine.connect() as connection:
+        assert await connection.scalar(setting) == "0", "the control"
+    await engine.dispose()
+
+
 # Roles
 
 
@@ -382,14 +342,18 @@ async def test_every_table_is_bound_to_the_tenant_that_is_set(db: Inhabited) -> 
 async def test_what_runs_as_the_owner_looks_nowhere_else(db: Inhabited) -> None:
     rows = await db.as_role("owner", "select proname::text, proconfig::text from pg_proc where prosecdef")
     assert sorted(name for name, _ in rows) == [
+        "bulkhead_defer_run",
         "bulkhead_delete_erased",
         "bulkhead_drop_empty_partitions",
+        "bulkhead_drop_run_events",
+        "bulkhead_empty_conversation",
         "bulkhead_enqueue_events",
         "bulkhead_ensure_partitions",
         "bulkhead_erase_tenant",
         "bulkhead_erase_user",
         "bulkhead_prune_audit",
         "bulkhead_refuse_erased",
+        "bulkhead_refuse_erased_user",
     ]
     assert all("search_path=pg_catalog" in settings for _, settings in rows)
 
@@ -463,7 +427,7 @@ async def test_partitions_are_made_for_the_platform_alone(db: Inhabited) -> None
             await connection.execute(text("select bulkhead_ensure_partitions(30)"))
         made = "select count(*) from pg_inherits where inhparent = 'audit_events'::regclass"
         assert (await connection.scalar(text(made)) or 0) >= 31
-        named = "select relname::text from pg_class where relispartition and relkind = 'r' order by relname"
+        named = "select relname::text from pg_class where relname like 'audit_events%' and relkind = 'r' order by 1"
         newest = (await connection.scalars(text(named))).all()[-2]  # the last is audit_events_rest
         triggers = text("select count(*) from pg_trigger where tgrelid = cast(:name as regclass) and not tgisinternal")
         # No update, no deletion but by pruning, no truncation.

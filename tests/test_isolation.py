@@ -18,6 +18,7 @@ from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
 from tests.auth.forgery import Issuer
 from tests.routes import ROLES, Operation
+from tests.runs.waiting import waiting_run
 from tests.service import POLICY, Client, Databases, Service, Tenant, running_service
 
 WITH_IDS: Final = sorted(operation for operation in ROLES if operation.parameters)
@@ -73,6 +74,7 @@ async def new_world(service: Service) -> World:
     asked = await tenant.user.ask(f"What does {file} say?", conversation=world.conversation)
     assert world.nonces[2] in asked.json()["answer"]
     world.nonces.append(key["key"].lower())
+    waiting = await waiting_run(service, tenant, {"path": world.nonce()})
     world.ids = {
         "tenant_id": tenant.id,
         "user_id": user["id"],
@@ -80,6 +82,8 @@ async def new_world(service: Service) -> World:
         "issuer_id": issuer["id"],
         "switch_id": switch["id"],
         "run_id": asked.json()["run_id"],
+        "approval_id": str(waiting.ids[1]),
+        "conversation_id": (await tenant.user.make("/v1/conversations"))["id"],
         "version": str(version),
         "sequence": "1",
         "name": name,
@@ -88,7 +92,7 @@ async def new_world(service: Service) -> World:
         "endpoint_id": str(uuid.uuid4()),
         "quarantine_id": str(uuid.uuid4()),
     }
-    for path in ("/v1/users", "/v1/keys", "/v1/policies", "/v1/audit/events"):
+    for path in ("/v1/users", "/v1/keys", "/v1/policies", "/v1/approvals", "/v1/audit/events"):
         world.cursors[path] = (await admin.get(path, params={"limit": 1})).json()["next_cursor"]
     return world
 
@@ -175,6 +179,7 @@ async def test_nothing_of_the_first_tenant_was_changed_by_all_that(world: World,
     assert (user["disabled_at"], user["role"]) == (None, "tenant_admin")
     assert [row["id"] for row in (await admin.get("/v1/issuers")).json()["items"]] == [ids["issuer_id"]]
     assert [row["id"] for row in (await admin.get("/v1/switches")).json()["items"]] == [ids["switch_id"]]
+    assert (await admin.get(f"/v1/approvals/{ids['approval_id']}")).json()["state"] == "waiting"
     found = (await admin.get("/v1/secrets")).json()["items"]
     assert [(row["name"], row["version"]) for row in found] == [(ids["name"], 1)]
     assert (await admin.get("/v1/me")).json()["policy_version"] == int(ids["version"])

@@ -73,6 +73,9 @@ async def test_a_document_is_validated_without_any_service(tmp_path: Path) -> No
     assert (ended.returncode, "/schema" in ended.stderr, ended.stdout) == (1, True, ""), ended
     assert "Traceback" not in ended.stderr
     assert "\x1b" not in ended.stderr, "no colours in a pipe"
+    waits = "servers: {web: {template: browser, allowed_domains: [a.example]}}\ntools: {approve: ['web__*']}\n"
+    told = CliRunner().invoke(cli, ["policy", "validate", written(tmp_path, f"schema: bulkhead/1\n{waits}")])
+    assert (told.exit_code, "warning: web: " in told.output) == (0, True), told.output
 
 
 async def test_from_a_draft_in_a_file_to_what_holds_and_back(run: Run, tenant: Tenant, tmp_path: Path) -> None:
@@ -101,6 +104,11 @@ async def test_a_dry_run_and_an_explanation(run: Run, tenant: Tenant, tmp_path: 
     assert (asked.exit_code, "is let in" in asked.output) == (0, True), asked.output
     told = await run("explain", "--tool", "docs__read_file", "--json")
     assert {entry["access"] for entry in json.loads(told.output)["entries"]} == {"allowed"}
+    waits = written(tmp_path, POLICY.replace('["docs__*"]', '["docs__*"], approve: [docs__read_file]'))
+    calls = written(tmp_path, json.dumps([{"tool": "docs__read_file", "arguments": {"path": "x.md"}}]), "calls.json")
+    waiting = await run("dry-run", waits, "--role", "user", "--calls", calls)
+    assert (waiting.exit_code, "needs_approval" in waiting.output) == (1, True), waiting.output
+    assert "narrower" in (await run("diff", waits)).output
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
-from pydantic import AfterValidator, AwareDatetime
+from pydantic import AfterValidator
 
 from app.audit import export, repository, search
 from app.audit.events import Event, EventType
@@ -17,7 +16,7 @@ from app.audit.search import Found, Wanted
 from app.auth.dependencies import Paging, TheDatabase, acting, paging, requires
 from app.caller import Caller
 from app.problems import responses
-from app.schemas import Answer
+from app.schemas import Answer, Moment
 from app.scopes import Scope
 
 router = APIRouter(tags=["audit"])
@@ -28,19 +27,12 @@ _NDJSON: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def _in_reach(at: datetime) -> datetime:
-    if not 1970 <= at.year < 9999:
-        raise ValueError("the year must be from 1970 to 9998")
-    return at
-
-
 def _storable(name: str) -> str:
     if "\0" in name:
         raise ValueError("no text has the character NUL")
     return name
 
 
-_Moment = Annotated[AwareDatetime, AfterValidator(_in_reach)]
 _Name = Annotated[str, AfterValidator(_storable)]
 
 
@@ -55,8 +47,8 @@ async def _wanted(
     run_id: UUID | None = None,
     actor_id: UUID | None = None,
     types: Annotated[list[EventType] | None, Query(alias="type", max_length=50)] = None,
-    since: Annotated[_Moment | None, Query(alias="from", description="Not before this moment.")] = None,
-    until: Annotated[_Moment | None, Query(alias="to", description="Before this moment.")] = None,
+    since: Annotated[Moment | None, Query(alias="from", description="Not before this moment.")] = None,
+    until: Annotated[Moment | None, Query(alias="to", description="Before this moment.")] = None,
     tool: Annotated[_Name | None, Query(max_length=128, description="Of tool calls: server__tool.")] = None,
     decision: Annotated[_Name | None, Query(max_length=32, description="Of tool calls: allowed or denied.")] = None,
 ) -> Wanted:

@@ -56,7 +56,7 @@ _CRUD: Final = {
     **dict.fromkeys(("read", "file_read", "accessed", "exported", "checked", "dry_run", "backtested"), _READ),
     **dict.fromkeys(("changed", "disabled", "enabled", "rotated", "published", "rolled_back", "file_written"), _UPDATE),
     **dict.fromkeys(
-        ("deleted", "removed", "revoked", "unbound", "lifted", "file_deleted", "erased", "pruned"), _DELETE
+        ("deleted", "removed", "revoked", "unbound", "lifted", "file_deleted", "erased", "pruned", "expired"), _DELETE
     ),
 }
 _ACCOUNTS: Final = {"created": 1, "enabled": 2, "disabled": 5, "erased": 6}

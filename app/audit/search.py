@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.events import EventType
 from app.audit.models import AuditEvent, Link
+from app.db import first_id_at
 
 # As the partial index has it, to the letter: Postgres proves nothing from a bound value.
 _NOT_ALLOWED: Final[ColumnElement[bool]] = literal_column("decision <> 'allowed'")
@@ -76,19 +77,13 @@ def _conditions(wanted: Wanted) -> Iterator[ColumnElement[bool]]:
         yield AuditEvent.run_id == wanted.run_id
     if wanted.since is not None:
         yield AuditEvent.at >= wanted.since
-        yield AuditEvent.id >= _id_at(wanted.since - _SLACK)
+        yield AuditEvent.id >= first_id_at(wanted.since - _SLACK)
     if wanted.until is not None:
         yield AuditEvent.at < wanted.until
-        yield AuditEvent.id < _id_at(wanted.until + _SLACK)
+        yield AuditEvent.id < first_id_at(wanted.until + _SLACK)
     if wanted.tool is not None:
         yield AuditEvent.tool == wanted.tool
     if wanted.decision is not None:
         yield AuditEvent.decision == wanted.decision
         if wanted.decision != "allowed":
             yield _NOT_ALLOWED
-
-
-def _id_at(at: datetime) -> UUID:
-    """The least UUIDv7 of that moment: its first 48 bits are milliseconds."""
-    since_1970 = at - datetime(1970, 1, 1, tzinfo=UTC)
-    return UUID(int=max(0, since_1970 // timedelta(milliseconds=1)) << 80)

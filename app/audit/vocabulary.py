@@ -44,6 +44,7 @@ def _v(version: int, /, **fields: Field) -> Schema:
 _SECRET: Final = _v(1, name=NAME, version=COUNT, provider=NAME)
 _DISABLED: Final = _v(1, user_id=ID, before=STATE, after=STATE)
 _TENANT: Final = _v(1, tenant_id=ID, before=NAME, after=NAME)
+_APPROVAL: Final = {"approval_id": ID, "sequence": COUNT, "tool": NAME}
 _HOST: Final = {"server": NAME, "connection_id": ID, "host": NAME, "port": COUNT}
 
 VOCABULARY: Final[Mapping[EventType, Schema]] = {
@@ -95,7 +96,10 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
     EventType.QUERY_RECEIVED: _v(1, key_id=ID_OR_NULL, conversation_id=ID_OR_NULL, length=COUNT, query_hmac=HASH),
     EventType.QUERY_SCREENED: _v(1, allowed=FLAG, rule=NAME_OR_NULL, flags=NAMES, policy_version=COUNT),
     EventType.QUERY_REFUSED: _v(1, reason=NAME),
+    EventType.RUN_QUEUED: _v(1, policy_version=COUNT),
     EventType.RUN_STARTED: _v(1, policy_version=COUNT, model=NAME),
+    EventType.RUN_RESUMED: _v(1, policy_version=COUNT, attempt=COUNT, model_turns=COUNT, tool_calls=COUNT),
+    EventType.RUN_GIVEN_BACK: _v(1, attempt=COUNT),
     EventType.RUN_CANCEL_ORDERED: _v(1, cause=NAME),
     EventType.RUN_FINISHED: _v(
         2,
@@ -110,6 +114,10 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
         answer_hmac=_optional(HASH_OR_NULL),
     ),
     EventType.RUN_READ: _v(1, user_id=ID),
+    EventType.CONVERSATION_CREATED: _v(1, conversation_id=ID),
+    EventType.CONVERSATION_READ: _v(1, conversation_id=ID, user_id=ID),
+    EventType.CONVERSATION_DELETED: _v(1, conversation_id=ID),
+    EventType.CONVERSATION_EXPIRED: _v(1, count=COUNT, retention_days=COUNT),
     EventType.TOOL_DECIDED: _v(
         2,
         sequence=COUNT,
@@ -120,6 +128,7 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
         definition_hash=HASH_OR_NULL,
         arguments_hmac=HASH,
     ),
+    EventType.TOOL_REPEATED: _v(1, sequence=COUNT, tool=NAME, rule=NAME, attempt=COUNT),
     EventType.TOOL_FINISHED: _v(
         2,
         sequence=COUNT,
@@ -129,6 +138,27 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
         result_hmac=HASH_OR_NULL,
         sandbox_hash=HASH_OR_NULL,
     ),
+    EventType.APPROVAL_REQUESTED: _v(
+        1,
+        **_APPROVAL,
+        rule=NAME,
+        policy_version=COUNT,
+        definition_hash=HASH,
+        arguments_hmac=HASH,
+        expires_at=TIME,
+    ),
+    EventType.APPROVAL_DECIDED: _v(
+        1,
+        **_APPROVAL,
+        decision=NAME,
+        policy_version=COUNT,
+        is_edited=FLAG,
+        arguments_hmac=HASH_OR_NULL,
+        reason_hmac=HASH_OR_NULL,
+    ),
+    EventType.APPROVAL_EXPIRED: _v(1, **_APPROVAL),
+    EventType.APPROVAL_VOIDED: _v(1, **_APPROVAL, cause=NAME),
+    EventType.APPROVAL_USED: _v(1, **_APPROVAL),
     EventType.SERVER_CRASH_LOOPING: _v(
         1, server=NAME, template=NAME, policy_version=COUNT, user_id=ID_OR_NULL, failures=COUNT, wait_s=COUNT
     ),

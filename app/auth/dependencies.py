@@ -17,7 +17,7 @@ from app.auth.service import Authenticator
 from app.caller import Caller
 from app.cursors import Cursors
 from app.db import Database
-from app.errors import Forbidden, Unauthenticated
+from app.errors import Forbidden, Invalid, Unauthenticated
 from app.etags import IfMatch, read_if_match
 from app.idempotency.once import Once
 from app.keyring import Keyring
@@ -48,7 +48,7 @@ async def authenticated(
     request.state.tenant_id = caller.tenant_id
     structlog.contextvars.bind_contextvars(tenant_id=str(caller.tenant_id), user_id=str(caller.user_id))
     admission: Admission = request.app.state.admission
-    request.state.rate_headers = await admission.general(caller, request.url.path)
+    request.state.rate_headers = await admission.general(caller, f"{request.method} {request.url.path}")
     return caller
 
 
@@ -119,6 +119,8 @@ _Tags = Annotated[str | None, Header(max_length=2000)]
 async def _once(
     request: Request, response: Response, caller: AnyCaller, keyring: TheKeyring, idempotency_key: _Key = None
 ) -> Once:
+    if len(request.headers.getlist("idempotency-key")) > 1:
+        raise Invalid("Send one Idempotency-Key: of several, others on the way may read another one.")
     same = f"{request.url.query}\n".encode() + (await request.body() if idempotency_key is not None else b"")
     route = f"{request.method} {request.url.path}"
     return Once(keyring, caller.user_id, route, idempotency_key, request=same, headers=response.headers)

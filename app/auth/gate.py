@@ -35,5 +35,5 @@ class Gate(Protocol):
 class Admission(Protocol):
     """The limit that holds for callers on every route."""
 
-    async def general(self, caller: Caller, path: str) -> Mapping[str, str]:
+    async def general(self, caller: Caller, route: str) -> Mapping[str, str]:
         """Count a request, and give the headers; raise slowapi's RateLimitExceeded."""

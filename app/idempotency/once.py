@@ -1,7 +1,8 @@
 """An Idempotency-Key: a request that arrives twice happens once and is answered alike both times.
 
 Key and answer are written in the transaction of the change itself, so that neither is ever there without the other.
-What fails writes nothing, and its key is free again.
+What fails writes nothing, and its key is free again. Where the answer comes only later, as that of a run does, what
+has begun is written instead of it: its own record has the answer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -43,6 +44,14 @@ class Replayed(Exception):
         super().__init__(status)
 
 
+class Taken(Exception):
+    """The request was made before and has begun `subject`; the transaction under way changes nothing."""
+
+    def __init__(self, subject: UUID) -> None:
+        self.subject = subject
+        super().__init__(subject)
+
+
 @dataclass(frozen=True, slots=True)
 class Once:
     """A request as its key knows it; `key` is None where the caller sent none.
@@ -67,22 +76,51 @@ class Once:
         if self.key is None:
             return await make()
         tenant_key = await open_tenant_key(session, self.keyring, tenant_id)
-        if not await self._claim(session, tenant_id, tenant_key):
+        if not await self._claim(session, tenant_id, tenant_key, answer=None):
             await self._replay(session, tenant_id, tenant_key)
         made = await make()
         answer = {"status": status, "headers": dict(self.headers), "body": made.model_dump_json()}
-        sealed = tenant_key.seal(json.dumps(answer).encode(), aad=self._aad(tenant_id))
+        sealed = self._seal(tenant_id, tenant_key, answer)
         await session.execute(update(IdempotencyKey).where(self._is_it(tenant_id)).values(answer=sealed))
         return made
 
+    async def claim(self, session: AsyncSession, tenant_id: UUID, subject: UUID) -> None:
+        """Note that the request begins `subject` in this transaction; raise Taken where it has begun another before,
+        or IdempotencyMismatch. To be called before anything else in the transaction, as `make` is.
+        """
+        if self.key is None:
+            return
+        tenant_key = await open_tenant_key(session, self.keyring, tenant_id)
+        begun = self._seal(tenant_id, tenant_key, {"subject": str(subject)})
+        if not await self._claim(session, tenant_id, tenant_key, answer=begun):
+            await self._replay(session, tenant_id, tenant_key)
+
     async def replay(self, session: AsyncSession, tenant_id: UUID) -> None:
-        """The same before long work that needs no transaction: raise Replayed, IdempotencyMismatch, or do nothing."""
+        """The same before long work that needs no transaction: raise Replayed, Taken or IdempotencyMismatch, or do
+        nothing.
+        """
         if self.key is not None:
             await self._replay(session, tenant_id, await open_tenant_key(session, self.keyring, tenant_id))
 
-    async def _claim(self, session: AsyncSession, tenant_id: UUID, tenant_key: SecretKey) -> bool:
+    async def tell(self, session: AsyncSession, tenant_id: UUID, words: str) -> str:
+        """What was told of the subject the first time, which are these words where nothing was: its record has none."""
+        if self.key is None:
+            return words
+        query = select(IdempotencyKey.answer).where(self._is_it(tenant_id)).with_for_update()
+        sealed = await session.scalar(query)
+        if sealed is None:  # gone with its user, or by now too old
+            return words
+        tenant_key = await open_tenant_key(session, self.keyring, tenant_id)
+        answer = {"words": words} | json.loads(tenant_key.unseal(sealed, aad=self._aad(tenant_id)))
+        kept = self._seal(tenant_id, tenant_key, answer)
+        await session.execute(update(IdempotencyKey).where(self._is_it(tenant_id)).values(answer=kept))
+        return str(answer["words"])
+
+    async def _claim(
+        self, session: AsyncSession, tenant_id: UUID, tenant_key: SecretKey, *, answer: bytes | None
+    ) -> bool:
         """Write the key, or take over one that has expired; waits for a twin's transaction."""
-        fresh = {"digest": self._digest(tenant_key), "answer": None, "created_at": func.now()}
+        fresh = {"digest": self._digest(tenant_key), "answer": answer, "created_at": func.now()}
         place = {"tenant_id": tenant_id, "user_id": self.user_id, "route": self.route, "key": self.key}
         statement = upsert(IdempotencyKey).values(**place, **fresh)
         statement = statement.on_conflict_do_update(index_elements=list(place), set_=fresh, where=_has_expired())
@@ -96,7 +134,10 @@ class Once:
         if not hmac.compare_digest(row.digest, self._digest(tenant_key)):
             raise IdempotencyMismatch
         answer = json.loads(tenant_key.unseal(row.answer, aad=self._aad(tenant_id)))
-        raise Replayed(**answer)
+        raise Taken(UUID(answer["subject"])) if "subject" in answer else Replayed(**answer)
+
+    def _seal(self, tenant_id: UUID, tenant_key: SecretKey, answer: Mapping[str, Any]) -> bytes:
+        return tenant_key.seal(json.dumps(answer).encode(), aad=self._aad(tenant_id))
 
     def _digest(self, tenant_key: SecretKey) -> bytes:
         return tenant_key.mac("idempotency", self.request)

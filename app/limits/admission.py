@@ -18,7 +18,7 @@ from app.telemetry import security
 from app.telemetry.security import Violation
 
 # Counted by the limits of the tenant's policy, once it is known.
-_QUERIES: Final = frozenset({"/query", "/v1/query"})
+_QUERIES: Final = frozenset({"POST /query", "POST /v1/query", "POST /v1/runs"})
 
 
 class Admission:
@@ -30,9 +30,9 @@ class Admission:
         self._api_rate = api_rate
         self._refusals: MinuteCounts[tuple[UUID, UUID, str]] = MinuteCounts()
 
-    async def general(self, caller: Caller, path: str) -> Mapping[str, str]:
-        """Count a request of any route but the query's, and give the headers; raise slowapi's RateLimitExceeded."""
-        if path in _QUERIES and Scope.RUNS_CREATE in caller.scopes:
+    async def general(self, caller: Caller, route: str) -> Mapping[str, str]:
+        """Count a request of any route but the queries', and give the headers; raise slowapi's RateLimitExceeded."""
+        if route in _QUERIES and Scope.RUNS_CREATE in caller.scopes:
             return {}
         return await self.unruled(caller)
 

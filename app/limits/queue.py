@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -26,11 +27,37 @@ class TooManyRuns(AppError):
     code = "too_many_runs"
 
 
+class ConversationBusy(TooManyRuns):
+    """Another run of the conversation is under way, or waits for an approval."""
+
+    status = 409
+    code = "conversation_busy"
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """The run of the same conversation that is to end first; `is_long` where that takes a person."""
+
+    conversation_id: UUID
+    run_id: UUID
+    is_long: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """As many runs as the policy lets the tenant, or this user of it, have at once are under way."""
+    """As many runs as the policy lets the tenant, or this user of it, have at once are under way; or one that is ahead
+    in its conversation, which keeps nothing else of its user waiting.
+    """
 
     of_user: bool
+    ahead: Ahead | None = None
+
+    @property
+    def refusal(self) -> TooManyRuns:
+        """What is told who has waited in vain."""
+        if self.ahead is None:
+            return TooManyRuns(headers={"Retry-After": "1"})
+        return ConversationBusy(headers={"Retry-After": "1"}, extra={"run_id": str(self.ahead.run_id)})
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +66,8 @@ class _Waiter:
 
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outcome: asyncio.Future[Busy | bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    # What it was told when it last asked.
+    busy: Busy = Busy(of_user=False)
 
     async def go(self) -> Busy | bool:
         """Give it its turn; True where it has begun, False where it has gone."""
@@ -98,10 +127,10 @@ class RunQueue:
         Raises TooManyRuns where too many wait already or the wait was too long, and what `begin` raises.
         """
         if self._is_closed:
-            raise Unavailable("The service is shutting down.")
+            raise Unavailable("The service is shutting down.", headers={"Retry-After": "1"})
         self._coming[run_id] = None
         try:
-            begun = await self._begin(run_id, tenant_id, user_id, begin)
+            begun = await self._begin(run_id, tenant_id, user_id, partial(_unless_long, begin))
         finally:
             del self._coming[run_id]
         try:
@@ -120,7 +149,7 @@ class RunQueue:
         """Refuse whoever waits, and whoever comes."""
         self._is_closed = True
         for run_id in self._coming:
-            self._refuse(run_id, Unavailable("The service is shutting down."))
+            self._refuse(run_id, Unavailable("The service is shutting down.", headers={"Retry-After": "1"}))
 
     def _refuse(self, run_id: UUID, why: AppError) -> None:
         """Also one that asks at this moment whether it may begin, and may not."""
@@ -163,6 +192,7 @@ class RunQueue:
                 waiter.outcome.set_result(begun if isinstance(begun, Busy) else True)
                 if not isinstance(begun, Busy):
                     return begun
+                waiter.busy = begun
         finally:
             lane.leave(user_id, waiter)
             QUEUE_DEPTH.dec()
@@ -175,7 +205,7 @@ class RunQueue:
         try:
             await asyncio.wait({waiter.turn}, timeout=max(left_s, 0))
             if not waiter.turn.done():
-                raise TooManyRuns(headers={"Retry-After": "1"})
+                raise waiter.busy.refusal
             waiter.turn.result()
         except asyncio.CancelledError:
             if waiter.turn.done() and waiter.turn.exception() is None:
@@ -210,9 +240,7 @@ class RunQueue:
         """True where one has begun, False where nobody of the tenant may now."""
         for user_id in list(lane.lines):
             await self._places.acquire()  # lanes wait for places one after the other, so tenants take turns
-            line = lane.lines.get(user_id)
-            waiter = next((each for each in line or () if not each.turn.done()), None)
-            outcome = await waiter.go() if waiter is not None else False
+            outcome = await _let_one_of(lane.lines.get(user_id, ()))
             if outcome is True:
                 if user_id in lane.lines:
                     lane.lines.move_to_end(user_id)
@@ -221,3 +249,27 @@ class RunQueue:
             if isinstance(outcome, Busy) and not outcome.of_user:
                 return False
         return False
+
+
+async def _let_one_of(line: Collection[_Waiter]) -> Busy | bool:
+    """The first of a user's whose conversation has no run ahead of it."""
+    outcome: Busy | bool = False
+    told: set[UUID] = set()
+    for waiter in list(line):
+        ahead = waiter.busy.ahead
+        has_gone = waiter.turn.done() or waiter not in line
+        if has_gone or (ahead is not None and ahead.conversation_id in told):
+            continue
+        outcome = await waiter.go()
+        if not isinstance(outcome, Busy) or outcome.ahead is None:
+            return outcome
+        told.add(outcome.ahead.conversation_id)
+    return outcome
+
+
+async def _unless_long(begin: Callable[[], Awaitable[T | Busy]]) -> T | Busy:
+    """Raise ConversationBusy where to wait is no use."""
+    begun = await begin()
+    if isinstance(begun, Busy) and begun.ahead is not None and begun.ahead.is_long:
+        raise begun.refusal
+    return begun

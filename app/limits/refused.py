@@ -36,7 +36,7 @@ _APART_S: Final = 2.0
 FOR_S: Final = 1.0
 LOOK_S: Final = 0.05
 MOST: Final = 10_000
-_QUERIES: Final = frozenset({"/query", "/v1/query"})
+_QUERIES: Final = frozenset({"/query", "/v1/query", "/v1/runs"})
 _log = structlog.get_logger()
 
 

@@ -168,7 +168,7 @@ async def settle(session: AsyncSession, ended: Mapping[tuple[UUID, UUID], Spent]
         calls = max(row.tool_calls, spent.tool_calls)
         of_user = (row.tenant_id, row.day, row.user_id)
         _add(days, (row.tenant_id, row.day), tokens.total, cost, calls)
-        _add(models, (*of_user, row.model), 1, spent.turns, tokens.input, tokens.output, cost, calls)
+        _add(models, (*of_user, row.model), spent.runs, spent.turns, tokens.input, tokens.output, cost, calls)
         for tool, tally in spent.tools.items():
             _add(tools, (*of_user, tool), tally.allowed, tally.denied, tally.failed, tally.duration_ms)
     for table, rows in ((BudgetDay, days), (ModelUsage, models), (ToolUsage, tools)):
@@ -176,9 +176,22 @@ async def settle(session: AsyncSession, ended: Mapping[tuple[UUID, UUID], Spent]
     return len(taken)
 
 
+async def count(
+    session: AsyncSession, tenant_id: UUID, run_id: UUID, *, user_id: UUID, model: str, spent: Spent
+) -> None:
+    """Count a run that has nothing reserved, on the day of its end."""
+    await repository.lock(session, [tenant_id])
+    standing = await repository.standing(session, tenant_id, user_id)
+    nothing = {"input_tokens": 0, "output_tokens": 0, "cost": 0, "model": model}
+    await repository.add(session, tenant_id, run_id, user_id=user_id, day=standing.day, **nothing)
+    await settle(session, {(tenant_id, run_id): spent})
+
+
 def _charged(row: Row[Any], spent: Spent) -> tuple[Tokens, int]:
     if spent.tokens is None:
-        return Tokens(row.input_tokens, row.output_tokens), row.cost
+        least = spent.least
+        tokens = Tokens(max(row.input_tokens, least.input), max(row.output_tokens, least.output))
+        return tokens, max(row.cost, spent.least_cost)
     return spent.tokens, spent.cost
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.limits.budgets import Tokens
+from app.limits.budgets import NONE, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,19 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What is charged to a run. Without tokens, nobody knows them any more: then all that was reserved is."""
+    """What is charged to a run. Without tokens, nobody knows them any more: then all that was reserved is.
+
+    `runs` is 0 for a part of a run that goes on later, so that it counts once. `least` and `least_cost` are what a run
+    whose process died is known to have used, which may be more than it had reserved where no budget holds.
+    """
 
     tokens: Tokens | None = None
     cost: int = 0
     turns: int = 0
     tools: Mapping[str, Tally] = field(default_factory=dict)
+    runs: int = 1
+    least: Tokens = NONE
+    least_cost: int = 0
 
     @property
     def tool_calls(self) -> int:

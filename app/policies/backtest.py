@@ -60,8 +60,9 @@ class Replay:
         self.calls += 1
         request = ToolRequest(call.tool, call.arguments, user_id=str(call.user_id), role=call.role)
         before, after = self.before(request), self.after(request)
-        if bool(before) != bool(after):
-            flip = Flip(request.user_id, call.role, call.tool, *_told(before), *_told(after))
+        if before.verdict != after.verdict:
+            verdicts = before.verdict, before.rule, after.verdict, after.rule
+            flip = Flip(request.user_id, call.role, call.tool, *verdicts)
             self._flips[flip] += 1
             self._examples.setdefault(flip, (call.run_id, call.sequence))
 
@@ -73,7 +74,3 @@ class Replay:
     def listed(self) -> list[tuple[Flip, int, Example]]:
         """The flips with their counts and examples, the most frequent first; at most a thousand."""
         return [(flip, count, self._examples[flip]) for flip, count in self._flips.most_common(_MAX_LISTED)]
-
-
-def _told(decision: Decision) -> tuple[str, str]:
-    return ("allowed" if decision else "denied"), decision.rule

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from app.policies.document import PolicyDocument
 from app.policies.engine import CompiledPolicy
 from app.policies.explain import Asker, rule_texts
+from app.policies.rules import Rule
 from app.policies.standing import Access, Standing
 from app.policies.strict_yaml import pointer
 
@@ -23,14 +24,31 @@ class KeyChange:
     after: Any
 
 
+Direction = Literal["narrower", "wider", "changed"]
+
+
 @dataclass(frozen=True, slots=True)
 class AccessChange:
-    """An asker's standing towards a tool; None where the version has no such tool."""
+    """An asker's standing towards a tool; None where the version has no such tool.
+
+    It is `narrower` where no more may be called and nothing without an approval that needed one, `wider` the other way
+    round, and `changed` where neither is sure: it is then for a reader to compare the rules.
+    """
 
     asker: Asker
     tool: str
     before: Standing | None
     after: Standing | None
+    direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """How far a standing goes: no call, those that its conditions allow, or all; and whether each needs an approval."""
+
+    extent: int
+    is_held: bool
+    conditions: frozenset[str]
 
 
 def key_changes(before: PolicyDocument, after: PolicyDocument) -> list[KeyChange]:
@@ -56,20 +74,37 @@ def _between(place: tuple[str, ...], before: Mapping[str, Any], after: Mapping[s
 
 def access_changes(before: CompiledPolicy, after: CompiledPolicy, askers: Iterable[Asker]) -> list[AccessChange]:
     """Where access differs; and where it is conditional, also by other rules, or by the same of another text."""
-    texts = rule_texts(before.rules), rule_texts(after.rules)
+    texts = _conditions(before.rules), _conditions(after.rules)
     found: list[AccessChange] = []
     for asker in askers:
         was, now = asker.standings(before), asker.standings(after)
-        found += (
-            AccessChange(asker, tool, was.get(tool), now.get(tool))
-            for tool in sorted(was.keys() | now.keys())
-            if _meaning(was.get(tool), texts[0]) != _meaning(now.get(tool), texts[1])
-        )
+        for tool in sorted(was.keys() | now.keys()):
+            one, other = was.get(tool), now.get(tool)
+            reaches = _reach(one, texts[0]), _reach(other, texts[1])
+            if (one is None) != (other is None) or reaches[0] != reaches[1]:
+                found.append(AccessChange(asker, tool, one, other, _direction(*reaches)))
     return found
 
 
-def _meaning(standing: Standing | None, texts: Mapping[str, str]) -> tuple[Access | None, tuple[str, ...]]:
-    if standing is None:
-        return None, ()
-    is_conditional = standing.access is Access.CONDITIONAL
-    return standing.access, tuple(sorted(texts[rule] for rule in standing.rules)) if is_conditional else ()
+def _conditions(rules: Iterable[Rule]) -> dict[str, str]:
+    """What the rules look at, by name; it is nothing in a permit of all calls. The rest a standing says already."""
+    rules = [rule for rule in rules if rule.is_conditional or rule.is_permit]
+    texts = rule_texts(rules)
+    return {rule.id: texts[rule.id] if rule.is_conditional else "" for rule in rules}
+
+
+def _reach(standing: Standing | None, conditions: Mapping[str, str]) -> _Reach:
+    if standing is None or standing.access is Access.DENIED:
+        return _Reach(0, is_held=True, conditions=frozenset())
+    read = frozenset(conditions[rule] for rule in standing.rules if rule in conditions)
+    extent = 1 if standing.is_conditional else 2
+    return _Reach(extent, is_held=standing.access is Access.NEEDS_APPROVAL, conditions=read)
+
+
+def _direction(before: _Reach, after: _Reach) -> Direction:
+    if before.extent == after.extent and before.conditions != after.conditions:
+        return "changed"
+    steps = {after.extent - before.extent, before.is_held - after.is_held} - {0}
+    if not steps or min(steps) < 0 < max(steps):
+        return "changed"
+    return "wider" if max(steps) > 0 else "narrower"

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from app.errors import Fault, Invalid
 from app.policies import overrides, strict_yaml
 from app.policies.overrides import MAX_OVERRIDES, Override, Terms, terms_of
+from app.policies.patterns import matching
 from app.policies.publishing import PublishingRules
 from app.policies.sections import CatalogueName, Globs, Section, ServerName
 from app.policies.servers.browser import BrowserServer
@@ -20,12 +21,8 @@ from app.policies.servers.fetch import FetchServer
 from app.policies.servers.filesystem import FilesystemServer
 from app.policies.servers.http import HttpServer
 from app.policies.servers.postgres import PostgresServer
-from app.policies.terms import InputRules, RunLimits
+from app.policies.terms import ApprovalRules, ConversationRules, InputRules, RunLimits
 
-# Keys of the full design that nothing enforces yet: refused by name, so that nobody believes in them.
-_LATER: Final = {
-    "tools": frozenset({"approve"}),
-}
 _OF_THE_TEMPLATE: Final = frozenset({"union_tag_not_found", "union_tag_invalid"})
 
 
@@ -56,6 +53,10 @@ class ToolRules(Section):
     """Tools that may be called; each glob must match a tool."""
     deny: Globs = ()
     """Tools that may not be called, whatever allows them; a glob may match none."""
+    approve: Globs = ()
+    """Tools each call of which waits for an approval, whatever allows them; each glob must match a tool."""
+    idempotent: Globs = ()
+    """Tools that may be called again where nobody knows whether a call was made; each glob must match a tool."""
     rules: str = Field(default="", max_length=64 * 1024)
     """Cedar policies over the tools and their arguments."""
     search_above: int = Field(default=40, ge=1, le=512)
@@ -85,6 +86,10 @@ class PolicyDocument(Section):
     """Narrower terms for callers of some roles, and for some users; all that mean a caller hold together."""
     publishing: PublishingRules = PublishingRules()
     """What a new version must show before it may be published."""
+    approvals: ApprovalRules = ApprovalRules()
+    """How calls wait that need an approval."""
+    conversations: ConversationRules = ConversationRules()
+    """What runs are told of their conversation, and how long it is kept."""
 
     def meant_for(self, user_id: str, role: str) -> dict[int, Override]:
         """The overrides that hold for this caller, by their places."""
@@ -93,6 +98,21 @@ class PolicyDocument(Section):
     def terms_for(self, user_id: str, role: str) -> Terms:
         """The limits and the screenings that hold for this caller."""
         return terms_of(self.limits, self.input, self.meant_for(user_id, role))
+
+    def is_idempotent(self, tool: str) -> bool:
+        """True where a call of the tool, by its full name, may be made again though the first may have been made."""
+        server, _, own_name = tool.partition("__")
+        if (declared := self.servers.get(server)) is not None and own_name in declared.only_reading:
+            return True
+        return any(matching(glob, [tool]) for glob in self.tools.idempotent)
+
+    def is_stateful(self, server: str) -> bool:
+        """True where a run that has called the server cannot go on with another process of it.
+
+        False for one that the policy has not: no call of it will be made.
+        """
+        declared = self.servers.get(server)
+        return declared is not None and declared.keeps_state
 
 
 def parse(text: str) -> PolicyDocument:
@@ -147,8 +167,6 @@ def _message(error: ErrorDetails) -> str:
 
 def _of_an_extra_key(location: tuple[str | int, ...]) -> str:
     section, key = location[0], location[-1]
-    if len(location) > 1 and key in _LATER.get(str(section), ()):
-        return f"{key} is not enforced yet"
     if section == "servers" and any(key in template.model_fields for template in get_args(DeclaredServer)):
         return f"{key} is a key of another template"
     return f"{key} is not a known key"

@@ -16,7 +16,7 @@ from app.auth.dependencies import OnlyOnce, Paging, TheDatabase, paging, require
 from app.caller import Caller
 from app.errors import Forbidden, Invalid
 from app.outbound.catalogue import ModelCatalogue
-from app.policies import pricing, switches, versions
+from app.policies import advice, pricing, switches, versions
 from app.policies.caps import Caps
 from app.policies.document import PolicyDocument, PolicyInvalid, digest
 from app.policies.json_schema import document_schema
@@ -49,10 +49,14 @@ class VersionDetailOut(VersionOut):
 
 
 class ValidatedOut(Answer):
-    """A document without a fault: what it would be known by, and the servers that `check` would start."""
+    """A document without a fault: what it would be known by, and the servers that `check` would start.
+
+    `warnings` keep nobody from publishing it.
+    """
 
     digest: str
     servers: list[str]
+    warnings: list[str]
 
 
 class VersionsOut(Answer):
@@ -150,7 +154,7 @@ async def validate_policy(request: Request, caller: Writer) -> ValidatedOut:
         *pricing.faults(document, catalogue, caps),
     ]:
         raise PolicyInvalid(faults=found)
-    return ValidatedOut(digest=digest(text), servers=list(document.servers))
+    return ValidatedOut(digest=digest(text), servers=list(document.servers), warnings=advice.warnings(document))
 
 
 @router.get("/v1/policies", summary="List versions, the newest first", responses=responses(401, 403, 422))

@@ -18,7 +18,7 @@ from app.policies.arguments import check_arguments, check_reading
 from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of, schema_of
 from app.policies.decision import BuiltIn, Decision, Denial
 from app.policies.document import PolicyDocument, PolicyInvalid
-from app.policies.overrides import prefix
+from app.policies.overrides import NarrowerTools, prefix
 from app.policies.patterns import matching
 from app.policies.rules import Rule
 from app.policies.standing import RuleIndex, Standing
@@ -110,6 +110,13 @@ class CompiledPolicy:
             return Decision.deny(rule, "The policy denies every use of this tool.")
         if denial := _check(tool, request.arguments):
             return Decision.deny(denial.rule, denial.reason)
+        decision = self._judge(request, tool)
+        if decision and (rule := self._index.held_by(tool.covering & caller.meant_by)):
+            return Decision.hold(rule, "The policy allows this call once somebody has approved of it.")
+        return decision
+
+    def _judge(self, request: ToolRequest, tool: _Tool) -> Decision:
+        """What Cedar says, which knows of no approvals."""
         try:
             arguments = project(request.arguments, tool.arguments)
         except Unrepresentable as error:
@@ -127,7 +134,7 @@ class CompiledPolicy:
         tool = self._tools.get(request.tool)
         if tool is None or _check(tool, request.arguments):
             return ()
-        found: set[str] = set()
+        found = set(self._approvals(tool, request))
         for is_permit in (True, False):  # alone, since of an answer only the rules of its own side are told
             policies = _policy_set(rule for rule in self.rules if rule.is_permit is is_permit)
             try:
@@ -136,6 +143,10 @@ class CompiledPolicy:
             except ValueError:
                 return ()
         return tuple(sorted(found))
+
+    def _approvals(self, tool: _Tool, request: ToolRequest) -> tuple[str, ...]:
+        """The rules that hold whatever is sent; Cedar knows some of them only as permits, and others not at all."""
+        return self._index.approvals(tool.covering & self._caller(request.user_id, request.role).meant_by)
 
     def _ask(
         self, request: ToolRequest, server: str, arguments: Mapping[str, Any], policies: cedarpy.PolicySet
@@ -290,15 +301,28 @@ def _glob_rules(document: PolicyDocument, names: Sequence[str], faults: list[Fau
 
 
 def _globbed(document: PolicyDocument, names: Sequence[str], faults: list[Fault]) -> Iterator[Rule]:
-    """A deny that matches nothing is prudence, an allow that matches nothing is a mistake."""
+    """A deny that matches nothing is prudence, anything else that matches nothing is a mistake."""
     for place, glob in enumerate(document.tools.allow):
         found = _matched(glob, names, pointer("tools", "allow", place), faults)
         yield cedar_rules.over("permit", found, name=f"allow:{glob}")
+    for place, glob in enumerate(document.tools.approve):
+        found = _matched(glob, names, pointer("tools", "approve", place), faults)
+        yield cedar_rules.over("permit", found, name=f"approve:{glob}", needs_approval=True)
+    for place, glob in enumerate(document.tools.idempotent):
+        _matched(glob, names, pointer("tools", "idempotent", place), faults)
     yield from _denials(document.tools.deny, names)
     for place, override in enumerate(document.overrides):
-        if override.tools.allow is not None:
-            yield _outside(place, override.tools.allow, names, faults)
-        yield from _denials(override.tools.deny, names, override=place)
+        yield from _narrowings(place, override.tools, names, faults)
+
+
+def _narrowings(place: int, tools: NarrowerTools, names: Sequence[str], faults: list[Fault]) -> Iterator[Rule]:
+    if tools.allow is not None:
+        yield _outside(place, tools.allow, names, faults)
+    yield from _denials(tools.deny, names, override=place)
+    for number, glob in enumerate(tools.approve):
+        found = _matched(glob, names, pointer("overrides", place, "tools", "approve", number), faults)
+        name = f"{prefix(place)}.approve:{glob}"
+        yield cedar_rules.over("approve", found, name=name, override=place, needs_approval=True)
 
 
 def _denials(globs: Iterable[str], names: Sequence[str], *, override: int | None = None) -> Iterator[Rule]:
@@ -355,7 +379,7 @@ def _schema(document: PolicyDocument, actions: Sequence[Action], *, overrides: i
 
 
 def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:
-    static = {rule.id: rule.statement for rule in rules}
+    static = {rule.id: rule.statement for rule in rules if rule.is_permit or rule.is_forbid}
     text = json.dumps({"templates": {}, "staticPolicies": static, "templateLinks": []})
     try:
         return cedarpy.PolicySet.from_json_str(text)

@@ -60,11 +60,11 @@ def _text(rule: Rule) -> str:
 
 
 def _of_a_glob(name: str) -> str | None:
-    """`allow:<glob>`, `overrides[n].deny:<glob>` and `overrides[n].allow`; an @id has none of these forms."""
+    """`allow:<glob>`, `overrides[n].approve:<glob>` and `overrides[n].allow`; an @id has none of these forms."""
     prefix, _, rest = name.rpartition("].")
     place = f"{prefix}]." if prefix else ""
     verb, _, glob = rest.partition(":")
-    if verb not in {"allow", "deny"} or not (glob or place):
+    if verb not in {"allow", "approve", "deny"} or not (glob or place):
         return None
     return f"{place}tools.{verb}: {glob}" if glob else f"{place}tools.{verb}: what it does not list"
 

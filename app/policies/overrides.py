@@ -1,4 +1,4 @@
-"""Narrower terms for some callers. An override has no word that could grant: it denies, lowers and refuses.
+"""Narrower terms for some callers. An override has no word that could grant: it denies, holds, lowers and refuses.
 
 All overrides that mean a caller hold together, so that their order says nothing.
 """
@@ -45,6 +45,8 @@ class NarrowerTools(_Narrower):
     """Of what the policy allows, only the tools that one of these globs matches are left; none if it is empty."""
     deny: Globs = ()
     """Tools that are denied besides; a glob may match none."""
+    approve: Globs = ()
+    """Tools each call of which waits for an approval besides; each glob must match a tool, and allows none."""
 
 
 class NarrowerLimits(_Narrower):
@@ -203,7 +205,7 @@ def crowding(document: Any) -> list[Fault]:
 def faults(limits: RunLimits, rules: InputRules, overrides: Sequence[Override]) -> list[Fault]:
     """What would widen, which the author cannot mean, and what all patterns together would cost."""
     found = list(chain.from_iterable(_widening(limits, rules, place, each) for place, each in enumerate(overrides)))
-    globs = sum(len(each.tools.allow or ()) + len(each.tools.deny) for each in overrides)
+    globs = sum(len(each.tools.allow or ()) + len(each.tools.deny) + len(each.tools.approve) for each in overrides)
     if globs > MAX_GLOBS:
         found.append(Fault(pointer("overrides"), f"hold {globs} globs; {MAX_GLOBS} are allowed"))
     patterns = _patterns([rules, *(each.input for each in overrides)])

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cedarpy
 
@@ -40,16 +40,35 @@ Entity = tuple[str, str]
 """Type and id, as Cedar's JSON has them."""
 
 
+Effect = Literal["permit", "forbid", "approve"]
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One statement, in Cedar's JSON form, under the name that decisions give it."""
+    """One statement, in Cedar's JSON form, under the name that decisions give it.
+
+    What a rule with `needs_approval` is about waits for an approval wherever it is allowed. `APPROVE` is an effect of
+    ours, which Cedar does not know and is never shown: such a rule neither permits nor forbids.
+    """
 
     id: str
     statement: Mapping[str, Any]
+    needs_approval: bool = False
 
     @property
     def is_permit(self) -> bool:
         return bool(self.statement["effect"] == "permit")
+
+    @property
+    def is_forbid(self) -> bool:
+        return bool(self.statement["effect"] == "forbid")
+
+    @property
+    def effect(self) -> Effect:
+        """As it is told: what only permits with an approval is no permit to whoever reads it."""
+        if self.needs_approval:
+            return "approve"
+        return "permit" if self.is_permit else "forbid"
 
     @property
     def is_conditional(self) -> bool:
@@ -103,7 +122,9 @@ def _entity(scope: Mapping[str, Any]) -> Entity:
     return scope["entity"]["type"], scope["entity"]["id"]
 
 
-def over(effect: str, tools: Sequence[str], *, name: str, override: int | None = None) -> Rule:
+def over(
+    effect: Effect, tools: Sequence[str], *, name: str, override: int | None = None, needs_approval: bool = False
+) -> Rule:
     """The rule that a glob stands for: an effect on these tools, for all or for whom an override means."""
     everyone: dict[str, Any] = {"op": "All"}
     actions = {"op": "in", "entities": [{"type": "Action", "id": tool} for tool in tools]}
@@ -115,7 +136,7 @@ def over(effect: str, tools: Sequence[str], *, name: str, override: int | None =
         "resource": everyone,
         "conditions": [],
     }
-    return Rule(name, statement)
+    return Rule(name, statement, needs_approval)
 
 
 def read(text: str) -> list[Rule]:

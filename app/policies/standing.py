@@ -13,19 +13,24 @@ from app.policies.rules import Entity, Rule
 
 
 class Access(StrEnum):
-    """`allowed`: every call whose arguments fit the tool. `conditional`: it depends on them. `denied`: no call."""
+    """`allowed`: every call whose arguments fit the tool. `conditional`: it depends on them. `denied`: no call.
+
+    `needs_approval`: no call without an approval; what the rules deny on its arguments is denied all the same.
+    """
 
     ALLOWED = "allowed"
     CONDITIONAL = "conditional"
+    NEEDS_APPROVAL = "needs_approval"
     DENIED = "denied"
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A caller's access to a tool, and the rules that make it, by name."""
+    """A caller's access to a tool, and the rules that make it, by name; and whether they look at the arguments."""
 
     access: Access
     rules: tuple[str, ...]
+    is_conditional: bool = False
 
 
 class RuleIndex:
@@ -37,6 +42,8 @@ class RuleIndex:
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = sorted(rules, key=lambda rule: rule.id)
         self._permits = self._bits(lambda rule: rule.is_permit)
+        self._forbids = self._bits(lambda rule: rule.is_forbid)
+        self._approvals = self._bits(lambda rule: rule.needs_approval)
         self._conditional = self._bits(lambda rule: rule.is_conditional)
         self._everywhere = self._bits(lambda rule: rule.is_everywhere)
         self._of_tool = self._by_name(lambda rule: rule.tools)
@@ -58,17 +65,29 @@ class RuleIndex:
 
     def hidden_by(self, concerned: int) -> str | None:
         """The rule that denies every call where these rules, and no others, are about a caller and a tool."""
-        if forbids := concerned & ~self._permits & ~self._conditional:
-            return self._rules[(forbids & -forbids).bit_length() - 1].id
+        if forbids := concerned & self._forbids & ~self._conditional:
+            return self._first(forbids)
         return None if concerned & self._permits else BuiltIn.DEFAULT_DENY.value
+
+    def held_by(self, concerned: int) -> str | None:
+        """The rule that lets no call be made without an approval, likewise."""
+        approvals = concerned & self._approvals
+        return self._first(approvals) if approvals else None
+
+    def approvals(self, concerned: int) -> tuple[str, ...]:
+        """All rules that do so."""
+        return self._names(concerned & self._approvals)
 
     def standing(self, concerned: int) -> Standing:
         """Where these rules, and no others, are about a caller and a tool."""
         if self.hidden_by(concerned) is not None:
-            forbids = concerned & ~self._permits & ~self._conditional
+            forbids = concerned & self._forbids & ~self._conditional
             return Standing(Access.DENIED, self._names(forbids) or (BuiltIn.DEFAULT_DENY.value,))
-        access = Access.CONDITIONAL if concerned & self._conditional else Access.ALLOWED
-        return Standing(access, self._names(concerned))
+        is_conditional = self.is_conditional(concerned)
+        access = Access.CONDITIONAL if is_conditional else Access.ALLOWED
+        if concerned & self._approvals:
+            access = Access.NEEDS_APPROVAL
+        return Standing(access, self._names(concerned), is_conditional)
 
     def _bits(self, holds: Callable[[Rule], bool]) -> int:
         return sum(1 << place for place, rule in enumerate(self._rules) if holds(rule))
@@ -79,6 +98,9 @@ class RuleIndex:
             for name in names(rule):
                 found[name] |= 1 << place
         return found
+
+    def _first(self, bits: int) -> str:
+        return self._rules[(bits & -bits).bit_length() - 1].id
 
     def _names(self, bits: int) -> tuple[str, ...]:
         return tuple(rule.id for place, rule in enumerate(self._rules) if bits >> place & 1)

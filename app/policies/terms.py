@@ -1,4 +1,4 @@
-"""What a query and its run are held to: the sections `limits` and `input` of a policy."""
+"""What a query and its run are held to: the sections `limits`, `input`, `approvals` and `conversations`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,24 @@ class InputRules(Section):
         if patterns and (fault := matching_fault((*before, *patterns), characters)):
             raise ValueError(fault)
         return patterns
+
+
+class ApprovalRules(Section):
+    """How a call that needs an approval waits for it."""
+
+    expires_s: int = Field(default=86_400, ge=60, le=604_800)
+    """Seconds until a call that nobody has decided on is denied."""
+    self_approval: bool = True
+    """Whether who has asked the agent may approve of its calls, too."""
+
+
+class ConversationRules(Section):
+    """What a run is told of its conversation, and how long that is kept."""
+
+    window_tokens: int = Field(default=8_000, ge=0, le=200_000)
+    """Tokens of what was said before that the model is told, the newest first; 0: none."""
+    retention_days: int = Field(default=90, ge=1, le=3_650)
+    """Days after which a conversation that nobody has gone on with is erased."""
 
 
 def longest(preset: Preset, max_length: int | None) -> int:

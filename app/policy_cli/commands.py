@@ -1,6 +1,7 @@
 """`bulkhead policy validate|diff|dry-run|backtest|publish|rollback|explain`.
 
-Exit codes: 0 yes; 1 the answer is no (faults, a refusal, a call that is denied, a flip); 2 there is no answer.
+Exit codes: 0 yes; 1 the answer is no (faults, a refusal, a call that is denied or has to wait for an approval, a
+flip); 2 there is no answer.
 """
 
 from __future__ import annotations
@@ -60,24 +61,28 @@ def _asking(url: str | None, key: str | None, *, as_json: bool) -> Iterator[tupl
 def validate(file: Annotated[Path, typer.Argument(help="A policy document.")], *, as_json: AsJson = False) -> None:
     """Tell the faults of a document; works without a service, which alone knows the models and the tools."""
     with _screen(as_json=as_json) as screen:
-        faults = _faults(read_text(file))
+        faults, warnings = _read(read_text(file))
         told = [{"path": place, "message": message} for place, message in faults]
-        if screen.answer({"valid": not faults, "errors": told}):
+        if screen.answer({"valid": not faults, "errors": told, "warnings": warnings}):
             raise typer.Exit(1 if faults else 0)
         if faults:
             raise Stopped(1, f"{file} is not a valid policy.", faults)
         screen.say(f"{file} has no fault of its own.", "green")
+        screen.warn(warnings)
 
 
-def _faults(text: str) -> list[tuple[str, str]]:
-    from app.policies.document import PolicyInvalid, parse  # noqa: PLC0415  takes a while, which no other shall wait
+def _read(text: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Its faults and its warnings."""
+    from app.policies import advice  # noqa: PLC0415  takes a while, which no other shall wait
+    from app.policies.document import PolicyInvalid, parse  # noqa: PLC0415  as above
     from app.policies.engine import rule_faults  # noqa: PLC0415  as above
 
     try:
-        faults = rule_faults(parse(text))
+        document = parse(text)
+        faults, warnings = rule_faults(document), advice.warnings(document)
     except PolicyInvalid as error:
-        faults = list(error.faults)
-    return [(fault.path, fault.message) for fault in faults]
+        faults, warnings = list(error.faults), []
+    return [(fault.path, fault.message) for fault in faults], warnings
 
 
 @policy.command()
@@ -107,10 +112,13 @@ def _show_diff(screen: Screen, found: Any) -> None:
         screen.say("No key differs.")
         return
     screen.table(("key", "", "before", "after"), [tuple(each.values()) for each in _keys(found)])
-    rows = [(each["role"], each["tool"], standing(each["before"]), standing(each["after"])) for each in found["access"]]
+    rows = [
+        (each["role"], each["tool"], standing(each["before"]), standing(each["after"]), each["direction"])
+        for each in found["access"]
+    ]
     screen.say(f"\nWho can call what: {len(rows) or 'no'} changes.")
     if rows:
-        screen.table(("role", "tool", "before", "after"), rows)
+        screen.table(("role", "tool", "before", "after", ""), rows)
 
 
 def _keys(found: Any) -> list[dict[str, Any]]:
@@ -139,8 +147,8 @@ def dry_run(
         found = service.of_checked(service.version(source), "POST", "dry-run", body)
         if not screen.answer(found):
             _show_dry_run(screen, found)
-        denied = [call for call in found["calls"] or () if call["decision"] == "denied"]
-        if denied or (found["screening"] and not found["screening"]["allowed"]):
+        stopped = [call for call in found["calls"] or () if call["decision"] != "allowed"]
+        if stopped or (found["screening"] and not found["screening"]["allowed"]):
             raise typer.Exit(1)
 
 
@@ -240,6 +248,7 @@ def rollback(
 def _show_held(screen: Screen, held: Any) -> None:
     if not screen.answer(held):
         screen.say(f"Version {held['version']} holds; {held['revoked_runs']} runs were ordered to stop.", "green")
+        screen.warn(held["warnings"])
 
 
 @policy.command()

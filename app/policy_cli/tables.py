@@ -14,7 +14,7 @@ from rich.text import Text
 _STYLES: Final = {
     **dict.fromkeys(("allowed", "added", "permit"), "green"),
     **dict.fromkeys(("denied", "removed", "forbid"), "red"),
-    **dict.fromkeys(("conditional", "changed"), "yellow"),
+    **dict.fromkeys(("conditional", "needs_approval", "changed", "approve"), "yellow"),
 }
 # A pipe has no width; lines that are cut would be of no use to it.
 _PIPE_WIDTH: Final = 400
@@ -38,6 +38,11 @@ class Screen:
     def say(self, text: str, style: str = "") -> None:
         """A line."""
         self._console.print(Text(printable(text), style=style), soft_wrap=True)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """A line for each."""
+        for warning in warnings:
+            self.say(f"warning: {warning}", "yellow")
 
     def complain(self, text: str) -> None:
         """A line beside the answer."""

@@ -12,7 +12,6 @@ from functools import wraps
 from typing import Any, Final, ParamSpec, Self
 
 import openai
-import orjson
 import structlog
 from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun
@@ -31,7 +30,9 @@ from app.policies.engine import PinnedTool
 from app.policies.tool_search import ToolIndex
 from app.runs import observing
 from app.runs.context import RunContext, current_run
+from app.runs.events import EventKind
 from app.runs.gate import Gate
+from app.runs.resuming import NOTHING, Resumption, as_json, call_id
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 from app.runs.tool_search import FoundTools
 from app.runs.turns import send
@@ -123,8 +124,10 @@ class GovernedChat(ChatOpenAI):
         payload = self._get_request_payload(messages, stop=stop, **kwargs)
         try:
             with observing.turn(run, self.model_name, messages) as span:
-                response = await send(self._traced_client(), run.meter, payload, retries=self.max_retries or 0)
-                result = self._create_chat_result(orjson.loads(response.content))
+                client, retries = self._traced_client(), self.max_retries or 0
+                deltas = run.events.deltas(run.model_turns) if run.events.is_live else None
+                completion = await send(client, run.meter, payload, retries=retries, deltas=deltas)
+                result = self._create_chat_result(completion)
                 message = result.generations[0].message
                 observing.note_turn(span, message)
         except RunEnded:
@@ -164,6 +167,10 @@ def _note(run: RunContext, message: BaseMessage) -> None:
         raise _failed("The model sent an empty answer.")
     if text:
         run.answer = text
+    if message.tool_calls:
+        for position, call in enumerate(message.tool_calls):
+            call["id"] = call_id(run.model_turns, position)
+        run.messages.append(as_json(message))
 
 
 def _count(run: RunContext, message: AIMessage) -> None:
@@ -175,9 +182,9 @@ def _count(run: RunContext, message: AIMessage) -> None:
     is_within = run.meter.correct(Tokens(usage["input_tokens"], usage["output_tokens"]))
     run.input_tokens += usage["input_tokens"]
     run.output_tokens += usage["output_tokens"]
-    count_tokens(
-        run.caller.tenant_id, run.model, input_tokens=usage["input_tokens"], output_tokens=usage["output_tokens"]
-    )
+    tokens = {"input_tokens": usage["input_tokens"], "output_tokens": usage["output_tokens"]}
+    run.events.emit(EventKind.USAGE, {"turn": run.model_turns, **tokens})
+    count_tokens(run.caller.tenant_id, run.model, **tokens)
     if run.meter.is_bounded and not is_within:
         raise _failed("The model endpoint reports more tokens than it was asked for.")
 
@@ -242,9 +249,15 @@ class GovernedAgent(MCPAgent):
             middleware=[self._gate] if self.index is None else [self._gate, FoundTools()],
         )
 
-    async def run(self, query: str, *, external_history: Sequence[BaseMessage] = ()) -> str:
-        """Answer the query in the current run's context; raise RunEnded where the run ends otherwise."""
-        messages = [*external_history, HumanMessage(content=query)]
+    async def run(
+        self, query: str, *, external_history: Sequence[BaseMessage] = (), resumption: Resumption = NOTHING
+    ) -> str:
+        """Answer the query in the current run's context; raise RunEnded where the run ends otherwise.
+
+        Of a run that is taken up the calls without an answer are answered first: the model has asked for them already.
+        """
+        messages = [*external_history, HumanMessage(content=query), *resumption.messages]
+        messages += await self._gate.answer_all(current_run(), resumption.asked)
         await self._agent_executor.ainvoke(
             {"messages": messages}, config={"callbacks": [], "recursion_limit": self.recursion_limit}
         )

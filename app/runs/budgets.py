@@ -7,17 +7,18 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final, Protocol
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import Database
 from app.limits import service as limits
-from app.limits.budgets import Limit, Limits, Tokens
+from app.limits.budgets import Limit, Limits, Tokens, amount
 from app.limits.meter import Meter
 from app.limits.queue import Busy
 from app.limits.usage import Spent, Tally
 from app.outbound.catalogue import ModelCatalogue
-from app.outbound.prices import Price
+from app.outbound.prices import Price, price_on
 from app.policies.overrides import Terms
 from app.runs.context import RunContext
 from app.runs.state import BUDGET_EXHAUSTED, BUDGET_SPENT, INTERRUPTED, MODEL_UNPRICED, Ending, Outcome, RunEnded
@@ -48,10 +49,28 @@ class Budgets:
             case busy:
                 return busy
 
-    async def settle(self, session: AsyncSession, run: RunContext) -> None:
-        """As the last thing of the transaction that ends the run."""
-        spent = Spent(run.meter.spent, run.meter.cost, run.model_turns, tallies(run.calls))
+    async def settle(self, session: AsyncSession, run: RunContext, *, goes_on: bool = False) -> None:
+        """As the last thing of the transaction that ends the run, or lets it wait with nothing reserved."""
+        turns = 0 if goes_on else run.model_turns
+        spent = Spent(run.meter.spent, run.meter.cost, turns, _uncounted(run), runs=int(not goes_on))
         await limits.settle(session, {(run.caller.tenant_id, run.run_id): spent})
+
+    async def settle_dead(self, session: AsyncSession, run: RunContext, *, uncharged: Tokens, goes_on: bool) -> None:
+        """Of a run whose process died, as another takes it up: all that it had, since nobody knows what it used beside
+        what is in the journal.
+        """
+        choice = run.policy.document.model
+        price = price_on(datetime.now(UTC).date(), self._catalogue.priced(choice.use, choice.name)[1])
+        cost = amount(uncharged, price).cost
+        turns, runs = (0, 0) if goes_on else (run.model_turns, 1)
+        spent = Spent(turns=turns, tools=_uncounted(run), runs=runs, least=uncharged, least_cost=cost)
+        await limits.settle(session, {(run.caller.tenant_id, run.run_id): spent})
+
+    async def count(
+        self, session: AsyncSession, tenant_id: UUID, run_id: UUID, *, user_id: UUID, model: str, turns: int
+    ) -> None:
+        """A run that had begun, and ended while it waited with nothing reserved; the last thing of its transaction."""
+        await limits.count(session, tenant_id, run_id, user_id=user_id, model=model, spent=Spent(Tokens(), turns=turns))
 
     def _demand(self, run: RunContext) -> limits.Demand:
         choice = run.policy.document.model
@@ -130,6 +149,10 @@ def tallies(calls: Iterable[_Ended]) -> dict[str, Tally]:
             tool = call.recorded_tool
             found[tool] = found.get(tool, Tally()) + _tally(call.outcome, call.duration_ms)
     return found
+
+
+def _uncounted(run: RunContext) -> dict[str, Tally]:
+    return tallies(call for call in run.calls if not call.is_counted)
 
 
 def _tally(outcome: Outcome, duration_ms: int | None) -> Tally:

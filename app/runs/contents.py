@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 from uuid import UUID
 
 from sqlalchemy import insert, select
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.keyring import SecretKey
@@ -14,6 +16,7 @@ from app.runs.context import RunContext
 from app.runs.models import Content
 
 _INSERT: Final = insert(Content.table())
+_INSERT_ONCE: Final = upsert(Content.table()).on_conflict_do_nothing()
 
 
 class Kind(StrEnum):
@@ -23,19 +26,35 @@ class Kind(StrEnum):
     ARGUMENTS = "arguments"
     RESULT = "result"
     ANSWER = "answer"
+    TURN = "turn"
+    EDITED_ARGUMENTS = "edited_arguments"
+    REASON = "reason"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a text belongs; it is sealed for there and nowhere else."""
+
+    tenant_id: UUID
+    run_id: UUID
+    kind: Kind
+    sequence: int
 
 
 async def add(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int = 0) -> None:
     """Seal and insert a text of a run in flight."""
-    sealed = run.content_key.seal(text.encode(), aad=_place(run.run_id, kind, sequence))
-    values = {
-        "tenant_id": run.caller.tenant_id,
-        "run_id": run.run_id,
-        "kind": kind.value,
-        "sequence": sequence,
-        "sealed": sealed,
-    }
-    await session.execute(_INSERT, values)
+    await session.execute(_INSERT, _row(run, kind, text, sequence=sequence))
+
+
+async def add_once(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int) -> None:
+    """The same for a text that another transaction of the run may write as well: it waits for that one's end."""
+    await session.execute(_INSERT_ONCE, _row(run, kind, text, sequence=sequence))
+
+
+async def add_at(session: AsyncSession, key: SecretKey, place: Place, text: str) -> bool:
+    """The same for a text of a run that nobody executes; False where there is one already."""
+    added = await session.execute(_INSERT_ONCE.returning(Content.sequence), _sealed(key, place, text))
+    return added.first() is not None
 
 
 async def read(session: AsyncSession, key: SecretKey, run_id: UUID, kind: Kind, *, sequence: int = 0) -> str | None:
@@ -44,6 +63,20 @@ async def read(session: AsyncSession, key: SecretKey, run_id: UUID, kind: Kind, 
         select(Content.sealed).where(Content.run_id == run_id, Content.kind == kind.value, Content.sequence == sequence)
     )
     return None if sealed is None else opened(key, sealed, run_id, kind, sequence=sequence)
+
+
+def _row(run: RunContext, kind: Kind, text: str, *, sequence: int) -> dict[str, object]:
+    return _sealed(run.content_key, Place(run.caller.tenant_id, run.run_id, kind, sequence), text)
+
+
+def _sealed(key: SecretKey, place: Place, text: str) -> dict[str, object]:
+    return {
+        "tenant_id": place.tenant_id,
+        "run_id": place.run_id,
+        "kind": place.kind.value,
+        "sequence": place.sequence,
+        "sealed": key.seal(text.encode(), aad=_place(place.run_id, place.kind, place.sequence)),
+    }
 
 
 def opened(key: SecretKey, sealed: bytes, run_id: UUID, kind: Kind, *, sequence: int = 0) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from app.policies.engine import PinnedTool
 from app.policies.overrides import Terms
 from app.policies.tool_search import ToolIndex
 from app.policies.versions import ActivePolicy
+from app.runs.events import EventLog
 from app.runs.state import INTERRUPTED, STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
 
 UNKNOWN_TOOL: Final = "(unknown)"
@@ -29,11 +31,17 @@ _UNDECIDED: Final = Decision(allowed=False, rule=BuiltIn.NOT_DECIDED, reason="")
 
 @dataclass(slots=True)
 class Call:
-    """One tool call that the model asked for, and what became of it."""
+    """One tool call that the model asked for, and what became of it.
+
+    `turn` and `position` are where the model asked for it. What `is_counted` is in the usage already.
+    """
 
     sequence: int
     tool: str
     arguments: Mapping[str, Any] = field(repr=False)
+    turn: int = 0
+    position: int = 0
+    is_counted: bool = False
     decision: Decision = _UNDECIDED
     outcome: Outcome | None = None
     result: str = field(default="", repr=False)
@@ -45,6 +53,13 @@ class Call:
         """The tool as it is kept in the clear: a name that no server has is a text of the model's."""
         return UNKNOWN_TOOL if self.decision.rule == BuiltIn.UNKNOWN_TOOL else self.tool
 
+    @property
+    def recorded_decision(self) -> str:
+        """As the journal and the record spell it."""
+        if self.decision.needs_approval:
+            return "waiting"
+        return "allowed" if self.decision else "denied"
+
 
 @dataclass(slots=True)
 class RunContext:
@@ -52,7 +67,9 @@ class RunContext:
 
     `unwritten` are calls whose outcome waits for the run's next commit, `governed` the tasks that decide, record and
     make calls, `calling` those among them that wait for a server. With an `index` the model has to search for tools,
-    and sees those that it has `found`.
+    and sees those that it has `found`. `messages` are the model's own, as JSON, of which the first `written` are in the
+    journal; of a run that `is_durable` they go there with the next commit, so that another process can take it up.
+    `attempt` is its claim's number: whoever has a later one owns the run.
     """
 
     run_id: UUID
@@ -60,6 +77,12 @@ class RunContext:
     policy: ActivePolicy
     content_key: SecretKey = field(repr=False)
     hash_key: SecretKey = field(repr=False)
+    events: EventLog = field(repr=False)
+    conversation_id: UUID | None = None
+    attempt: int = 1
+    is_durable: bool = False
+    messages: list[str] = field(default_factory=list, repr=False)
+    written: int = 0
     model_turns: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -73,15 +96,22 @@ class RunContext:
     found: set[str] = field(default_factory=set)
     meter: Meter = field(default_factory=Meter)
 
+    @property
+    def waiting(self) -> list[Call]:
+        """The calls that wait for somebody's approval."""
+        return [call for call in self.calls if call.decision.needs_approval]
+
     @contextmanager
     def writing(self) -> Iterator[Sequence[Call]]:
         """The calls whose outcome the block commits; where it fails, they wait for the next one."""
         noted, self.unwritten = self.unwritten, []
+        messages = len(self.messages) if self.is_durable else 0
         try:
             yield noted
         except BaseException:  # cancelled as well: what was not committed is still to be written
             self.unwritten = [*noted, *self.unwritten]
             raise
+        self.written = max(self.written, messages)
 
     def keep(self, governed: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Govern a call in a task of its own, which ends before the run does and which nobody else may cancel."""
@@ -157,11 +187,14 @@ class RunContext:
             raise RunEnded(STEP_LIMIT)
         self.model_turns += 1
 
-    def begin_call(self, tool: str, arguments: Mapping[str, Any]) -> Call:
-        """Number a tool call; raise RunEnded past the policy's max_tool_calls."""
+    def begin_call(self, tool: str, arguments: Mapping[str, Any], *, position: int) -> Call:
+        """Number a tool call of the last model turn; raise RunEnded past the policy's max_tool_calls."""
         if len(self.calls) >= self.terms.max_tool_calls:
             raise RunEnded(TOOL_LIMIT)
-        call = Call(len(self.calls) + 1, tool, arguments)
+        # Of calls side by side a dead process may have recorded the second and not the first, whose number is free.
+        taken = {call.sequence for call in self.calls}
+        sequence = next(number for number in count(1) if number not in taken)
+        call = Call(sequence, tool, arguments, self.model_turns, position)
         self.calls.append(call)
         return call
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import Depends, Request
@@ -10,15 +11,21 @@ from fastapi import Depends, Request
 from app.audit import repository as audit
 from app.audit.aggregate import MinuteCounts
 from app.audit.events import Event, EventType
-from app.auth.dependencies import requires
+from app.auth.dependencies import OnlyOnce, requires
 from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict
+from app.idempotency.once import Once
 from app.limits.admission import Admission
 from app.policies.turns import Turns
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.runs.service import RunService
+from app.runs.twins import Twins
 from app.scopes import Scope
+
+# Two names of one route.
+_ALIAS: Final = "POST /query"
+_ROUTE: Final = "POST /v1/query"
 
 
 class NoPolicy(Conflict):
@@ -37,8 +44,14 @@ async def _turns(request: Request) -> Turns:
     return turns
 
 
+async def _twins(request: Request) -> Twins:
+    twins: Twins = request.app.state.twins
+    return twins
+
+
 TheRuns = Annotated[RunService, Depends(_runs)]
 TheTurns = Annotated[Turns, Depends(_turns)]
+TheTwins = Annotated[Twins, Depends(_twins)]
 Asker = Annotated[Caller, Depends(requires(Scope.RUNS_CREATE))]
 
 
@@ -74,3 +87,10 @@ async def rate_limited(request: Request, caller: Asker, policy: ThePolicy) -> No
     requests = policy.document.terms_for(str(caller.user_id), caller.role.value).requests
     tenant_requests = policy.document.limits.tenant_requests
     request.state.rate_headers = await admission.query(caller, requests=requests, tenant_requests=tenant_requests)
+
+
+async def _asked_once(once: OnlyOnce) -> Once:
+    return replace(once, route=_ROUTE) if once.route == _ALIAS else once
+
+
+AskedOnce = Annotated[Once, Depends(_asked_once)]

@@ -11,9 +11,8 @@ from uuid import UUID
 
 import structlog
 from anyio import to_thread
-from langchain_core.messages import BaseMessage
 from mcp.types import CallToolResult
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.policies.engine import PinnedTool
@@ -23,6 +22,7 @@ from app.runs.chats import Chats
 from app.runs.context import Call, RunContext, running
 from app.runs.gate import Gate
 from app.runs.journal import Journal
+from app.runs.opening import Opened
 from app.runs.redaction import Redactor
 from app.runs.state import (
     DATABASE_LOST,
@@ -31,11 +31,13 @@ from app.runs.state import (
     SANDBOX_UNAVAILABLE,
     SERVER_UNAVAILABLE,
     SUCCEEDED,
+    WAITING,
     Ending,
     RunEnded,
     StopCause,
     cancelled,
 )
+from app.runs.tool_search import search_again
 from app.sandbox.contract import SandboxUnavailable
 from app.servers.errors import ServerRefused, ServerUnavailable
 from app.servers.identity import OnBehalf
@@ -44,7 +46,10 @@ from app.servers.tenant_servers import TenantServers
 from app.telemetry.metrics import RUNS_IN_FLIGHT
 
 _log = structlog.get_logger()
+# The same for a call that is made again by the process that takes the run up: a server may know it by that.
+IDEMPOTENCY_KEY: Final = "bulkhead/idempotency-key"
 # What a database that goes away shows itself as.
+_REFUSED: Final = (IntegrityError, DataError, ProgrammingError)  # it is there, and would say so again
 _DATABASE_LOST: Final = (DBAPIError, PoolTimeout, ConnectionError, FileNotFoundError, TimeoutError)
 _MAX_AGENTS: Final = 500
 # With a thousand tools an agent takes 4 MB, and overrides can make one for each user.
@@ -80,11 +85,12 @@ class Executor:
         self._agents: OrderedDict[_Key, _Shared] = OrderedDict()
         self._flights: dict[UUID, _Flight] = {}
 
-    async def execute(
-        self, run: RunContext, query: str, history: Sequence[BaseMessage]
-    ) -> tuple[Ending, StopCause | None]:
-        """Run to the end, whatever it is, and say how it ended and, if it was stopped, why."""
-        task = asyncio.create_task(self._attempt(run, query, history), name=f"run {run.run_id}")
+    async def execute(self, run: RunContext, opened: Opened) -> tuple[Ending, StopCause | None]:
+        """Run to the end, whatever it is, and say how it ended and, if it was stopped, why.
+
+        WAITING where calls wait for an approval: all others of that model turn have ended.
+        """
+        task = asyncio.create_task(self._attempt(run, opened), name=f"run {run.run_id}")
         flight = self._flights[run.run_id] = _Flight(run, task)
         RUNS_IN_FLIGHT.inc()
         try:
@@ -99,22 +105,23 @@ class Executor:
             return cancelled(flight.cause), flight.cause
         return task.result(), flight.cause
 
-    async def _attempt(self, run: RunContext, query: str, history: Sequence[BaseMessage]) -> Ending:
+    async def _attempt(self, run: RunContext, opened: Opened) -> Ending:
         patience_s = 0.0
         try:
             async with asyncio.timeout(run.terms.timeout_s) as deadline:
                 with running(run):
                     agent = await self._agent(run)
                     run.index = agent.index
-                    await agent.run(query, external_history=history)
+                    search_again(run)
+                    await agent.run(opened.query, external_history=opened.history, resumption=opened.resumption)
         except RunEnded as ended:
-            # At a limit the calls under way may still end; what stops the run otherwise stops them too.
-            patience_s = self._tool_timeout_s if ended.ending.answers else 0
+            # At a limit, or before a wait, the calls under way may still end; what stops the run stops them too.
+            patience_s = self._tool_timeout_s if ended.ending.answers or ended.ending is WAITING else 0
             return ended.ending
         except Exception as error:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
             if deadline.expired():
                 return RUN_TIMEOUT
-            if isinstance(error, _DATABASE_LOST):
+            if isinstance(error, _DATABASE_LOST) and not isinstance(error, _REFUSED):
                 _log.warning("run.database_unavailable", error=type(error).__name__)
                 return DATABASE_LOST
             _log.exception("run.failed", run_id=str(run.run_id))
@@ -162,7 +169,9 @@ class Executor:
         try:
             async with self._servers.lend(_borrower(run), run.policy, server) as live:
                 call.sandbox_hash = live.sandbox_hash
-                return await live.call(name, call.arguments, timeout_s=self._tool_timeout_s, whom=_on_behalf(run))
+                own = {IDEMPOTENCY_KEY: f"{run.run_id}:{call.turn}:{call.position}"}
+                whom = _on_behalf(run)
+                return await live.call(name, call.arguments, timeout_s=self._tool_timeout_s, whom=whom, meta=own)
         except SandboxUnavailable as error:
             detail = f"{error.detail} `bulkhead sandbox probe` and /readyz tell the operator what would help."
             raise RunEnded(replace(SANDBOX_UNAVAILABLE, detail=detail)) from None

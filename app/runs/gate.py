@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal, Protocol
 
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.middleware.types import ToolCallRequest
@@ -16,11 +17,15 @@ from mcp.types import CallToolResult, TextContent
 from app.policies import tool_search
 from app.policies.decision import BuiltIn, Decision
 from app.policies.engine import ToolRequest
-from app.runs import observing
-from app.runs.context import Call, RunContext, current_run
+from app.runs import approved, observing
+from app.runs.approvals import ApprovalState
+from app.runs.arguments import canonical
+from app.runs.context import UNKNOWN_TOOL, Call, RunContext, current_run
+from app.runs.events import EventKind
 from app.runs.journal import Journal
 from app.runs.redaction import Redactor
-from app.runs.state import Outcome, RunEnded
+from app.runs.resuming import Asked, position_in
+from app.runs.state import WAITING, Outcome, RunEnded
 from app.runs.tool_search import search
 from app.servers import deciding
 from app.servers.errors import ServerLost, ToolTimedOut
@@ -29,6 +34,8 @@ from app.telemetry.metrics import DECISIONS, count_tool_call
 from app.telemetry.security import Violation
 
 _MAX_RESULT_CHARS: Final = 60_000
+# Commits the decision on a call and gives it.
+_Decide = Callable[[], Awaitable[Decision]]
 
 
 class CallServer(Protocol):
@@ -58,19 +65,45 @@ class Gate(AgentMiddleware):
 
     async def _answer(self, tool: str, arguments: Mapping[str, Any], *, call_id: str) -> ToolMessage:
         run = current_run()
+        call = run.begin_call(tool, arguments, position=position_in(call_id))
+        run.events.emit(EventKind.TOOL_REQUESTED, _shown(run, call), text=canonical(arguments))
+        decide = partial(self._journal.record, run, call, _decide(run, call))
+        return await self._kept(run, call, decide, call_id=call_id)
+
+    async def answer_all(self, run: RunContext, asked: Sequence[Asked]) -> list[ToolMessage]:
+        """Answer the calls that a run which was taken up had not been answered."""
+        if any(each.standing is not None and each.standing.state is ApprovalState.WAITING for each in asked):
+            raise RunEnded(WAITING)
+        return await asyncio.gather(*(self._go_on(run, each) for each in asked))
+
+    async def _go_on(self, run: RunContext, asked: Asked) -> ToolMessage:
+        call, standing = asked.call, asked.standing
+        if call is None:
+            return await self._answer(asked.tool, asked.arguments, call_id=asked.call_id)
+        if standing is None or call.decision:
+            # What was to wait, and for nothing yet, is decided on by the policy of now.
+            decide = partial(self._journal.repeat, run, call, call.decision or _decide(run, call))
+        else:
+            decision = approved.decide(run, call.tool, call.arguments, standing, reason=asked.reason)
+            decide = partial(self._journal.approve, run, call, decision, standing.id)
+        return await self._kept(run, call, decide, call_id=asked.call_id)
+
+    async def _kept(self, run: RunContext, call: Call, decide: _Decide, *, call_id: str) -> ToolMessage:
         # LangChain makes the calls of a message side by side, and cancels the others once one of them raises, also
         # in the middle of their transactions: when a call ends is for the run to say.
-        task = run.keep(self._observed(run, run.begin_call(tool, arguments)))
-        text, is_good = await asyncio.shield(task)
-        return ToolMessage(content=text, tool_call_id=call_id, name=tool, status="success" if is_good else "error")
+        text, is_good = await asyncio.shield(run.keep(self._observed(run, call, decide)))
+        status: Literal["success", "error"] = "success" if is_good else "error"
+        return ToolMessage(content=text, tool_call_id=call_id, name=call.tool, status=status)
 
-    async def _observed(self, run: RunContext, call: Call) -> tuple[str, bool]:
+    async def _observed(self, run: RunContext, call: Call, decide: _Decide) -> tuple[str, bool]:
         with observing.tool_call(call):
-            return await self._govern(run, call)
+            return await self._govern(run, call, decide)
 
-    async def _govern(self, run: RunContext, call: Call) -> tuple[str, bool]:
-        decision = await self._journal.record(run, call, _decide(run, call))
-        DECISIONS.labels("allowed" if decision else "denied", decision.kind).inc()
+    async def _govern(self, run: RunContext, call: Call, decide: _Decide) -> tuple[str, bool]:
+        decision = await decide()
+        DECISIONS.labels(call.recorded_decision, decision.kind).inc()
+        if decision.needs_approval:
+            raise RunEnded(WAITING)
         if not decision:
             count_tool_call(call.recorded_tool, Outcome.DENIED.value)
             security.refuse(Violation.TOOL_DENIED, tool=call.recorded_tool, rule=decision.rule)
@@ -85,6 +118,8 @@ class Gate(AgentMiddleware):
             self._close(run, call, Outcome.UNKNOWN, "", started)
             raise
         self._close(run, call, outcome, text, started)
+        if run.is_durable:
+            await self._journal.checkpoint(run)
         return call.result, outcome is Outcome.SUCCEEDED
 
     async def _make(self, run: RunContext, call: Call) -> tuple[Outcome, str]:
@@ -104,7 +139,15 @@ class Gate(AgentMiddleware):
         seconds = time.monotonic() - started
         call.duration_ms = round(seconds * 1000)
         run.unwritten.append(call)
+        told = _shown(run, call) | {"outcome": outcome, "duration_ms": call.duration_ms}
+        run.events.emit(EventKind.TOOL_FINISHED, told, text=call.result)
         count_tool_call(call.recorded_tool, outcome.value, seconds=seconds)
+
+
+def _shown(run: RunContext, call: Call) -> dict[str, object]:
+    """The call as events name it: what no server has is a text of the model's."""
+    is_known = call.tool == tool_search.NAME or call.tool in run.policy.definition_hashes
+    return {"sequence": call.sequence, "turn": call.turn, "tool": call.tool if is_known else UNKNOWN_TOOL}
 
 
 def _decide(run: RunContext, call: Call) -> Decision:

@@ -1,9 +1,11 @@
-"""The journal: a tool call's decision is durable before the call, its outcome before the next effect or the answer."""
+"""The journal: a tool call's decision is durable before the call, its outcome before the next effect or the answer.
+
+With them stand the model's messages of a run that another process may take up, so that it repeats nothing of it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -14,13 +16,17 @@ from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.db import Database
 from app.policies.decision import BuiltIn, Decision
-from app.runs import contents
+from app.runs import approvals, contents
+from app.runs.approvals import VoidCause
+from app.runs.arguments import canonical
 from app.runs.budgets import take_call
 from app.runs.context import Call, RunContext
+from app.runs.events import EventKind
 from app.runs.models import ToolCall
 from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
 from app.runs.stops import Orders, read_orders
 
+_USED_UP = Decision.deny(BuiltIn.APPROVAL_VOIDED, "the approval of this call does not hold any more")
 _KILLED = Decision(allowed=False, rule=BuiltIn.KILL_SWITCH, reason="this tool has been stopped")
 _OUTCOME = (
     update(ToolCall)
@@ -35,6 +41,19 @@ _OUTCOME = (
     .execution_options(synchronize_session=None)
 )
 _INSERT = insert(ToolCall.table())
+_DECIDE = (
+    update(ToolCall)
+    .where(
+        ToolCall.tenant_id == bindparam("of_tenant"),
+        ToolCall.run_id == bindparam("of_run"),
+        ToolCall.sequence == bindparam("of_sequence"),
+    )
+    .values(decision=bindparam("new_decision"), rule=bindparam("new_rule"), outcome=bindparam("new_outcome"))
+    .execution_options(synchronize_session=None)
+)
+
+
+_Write = Callable[[AsyncSession, RunContext, Call], Awaitable[None]]
 
 
 class Journal:
@@ -49,38 +68,85 @@ class Journal:
         Raise RunEnded where the run must stop now, or a budget has no room for the call; then nothing of the call is
         recorded, since nothing is done.
         """
+        return await self._decide(run, call, decision, self._insert)
+
+    async def approve(self, run: RunContext, call: Call, decision: Decision, approval_id: UUID) -> Decision:
+        """The same for a call that has waited: an approval that lets it be made is used up with it, or denies it."""
+
+        async def use(session: AsyncSession, run: RunContext, call: Call) -> None:
+            if not call.decision:  # by what has changed meanwhile, though somebody may have approved of it
+                await approvals.void(session, run.run_id, cause=VoidCause.OUTDATED, sequence=call.sequence)
+            elif not await approvals.use(session, approval_id):
+                _set(call, _USED_UP)
+            await self._update(session, run, call)
+
+        return await self._decide(run, call, decision, use)
+
+    async def repeat(self, run: RunContext, call: Call, decision: Decision) -> Decision:
+        """The same for a call that is there already: in doubt, and made again; or to wait, and asked for nowhere."""
+        write = self._note_repetition if call.decision else self._update
+        return await self._decide(run, call, decision, write)
+
+    async def _decide(self, run: RunContext, call: Call, decision: Decision, write: _Write) -> Decision:
         with run.writing() as noted:
             async with self._database.transaction(run.caller.tenant_id) as session:
-                (orders,) = await read_orders(session, [run.run_id])
-                await self._write(session, run, noted)
-                ending = _ending(orders)
+                (orders,) = await read_orders(session, [run.run_id], holds=True)
+                ending = _ending(run, orders)
                 if ending is None:
-                    if decision and orders.stops(call.tool):
-                        decision = _KILLED
-                    call.decision = decision
-                    call.outcome = None if decision else Outcome.DENIED
-                    await self._insert(session, run, call)
-                    if decision:
+                    await self._write(session, run, noted)
+                    _set(call, _KILLED if orders.stops(call.tool) and _may_be_made(decision) else decision)
+                    await write(session, run, call)
+                    if call.decision:
                         await take_call(session, run)  # last: what it locks is held until the commit
-        if ending is not None:
-            raise RunEnded(ending)
-        return decision
+            if ending is not None:
+                raise RunEnded(ending)
+        run.events.emit(
+            EventKind.TOOL_DECIDED,
+            {
+                "sequence": call.sequence,
+                "turn": call.turn,
+                "tool": call.recorded_tool,
+                "decision": call.recorded_decision,
+                "rule": call.decision.rule,
+            },
+        )
+        return call.decision
 
     async def _insert(self, session: AsyncSession, run: RunContext, call: Call) -> None:
-        tenant_id = run.caller.tenant_id
-        arguments = canonical_arguments(call.arguments)
+        arguments = canonical(call.arguments)
         values = {
-            "tenant_id": tenant_id,
+            "tenant_id": run.caller.tenant_id,
             "run_id": run.run_id,
             "sequence": call.sequence,
+            "turn": call.turn,
+            "position": call.position,
             "tool": call.recorded_tool,
-            "decision": "allowed" if call.decision else "denied",
+            "decision": call.recorded_decision,
             "rule": call.decision.rule,
             "outcome": call.outcome,
         }
         await session.execute(_INSERT, values)
         await contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
-        await audit.append(session, tenant_id, _decided(run, call, arguments))
+        await audit.append(session, run.caller.tenant_id, _decided(run, call, arguments))
+
+    async def _update(self, session: AsyncSession, run: RunContext, call: Call) -> None:
+        values = {"new_decision": call.recorded_decision, "new_rule": call.decision.rule, "new_outcome": call.outcome}
+        place = {"of_tenant": run.caller.tenant_id, "of_run": run.run_id, "of_sequence": call.sequence}
+        await (await session.connection()).execute(_DECIDE, place | values)
+        await audit.append(session, run.caller.tenant_id, _decided(run, call, canonical(call.arguments)))
+
+    async def _note_repetition(self, session: AsyncSession, run: RunContext, call: Call) -> None:
+        if not call.decision:  # a kill switch has been engaged meanwhile
+            await self._update(session, run, call)
+            return
+        data = {"sequence": call.sequence, "tool": call.tool, "rule": call.decision.rule, "attempt": run.attempt}
+        again = Event(EventType.TOOL_REPEATED, actor_id=run.caller.user_id, run_id=run.run_id, data=data)
+        await audit.append(session, run.caller.tenant_id, again)
+
+    async def checkpoint(self, run: RunContext) -> None:
+        """Commit the outcomes noted so far: whoever takes the run up repeats none of these calls."""
+        async with self._database.transaction(run.caller.tenant_id) as session:
+            await self.flush(session, run)
 
     async def flush(self, session: AsyncSession, run: RunContext) -> None:
         """Write the outcomes noted so far, in the caller's transaction."""
@@ -88,6 +154,16 @@ class Journal:
             await self._write(session, run, noted)
 
     async def _write(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
+        if run.is_durable:
+            await self._write_messages(session, run)
+        await self._write_outcomes(session, run, noted)
+
+    async def _write_messages(self, session: AsyncSession, run: RunContext) -> None:
+        """Beside each call: of calls side by side none may be there without the message that asks for it."""
+        for turn in range(run.written + 1, len(run.messages) + 1):
+            await contents.add_once(session, run, contents.Kind.TURN, run.messages[turn - 1], sequence=turn)
+
+    async def _write_outcomes(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
         if not noted:
             return
         tenant_id = run.caller.tenant_id
@@ -99,17 +175,21 @@ class Journal:
                 await audit.append(session, tenant_id, _finished(run, call))
 
 
-def _ending(orders: Orders) -> Ending | None:
-    """How the run must end now; one that another process has ended may do nothing more."""
+def _set(call: Call, decision: Decision) -> None:
+    call.decision = decision
+    call.outcome = None if _may_be_made(decision) else Outcome.DENIED
+
+
+def _may_be_made(decision: Decision) -> bool:
+    """Now, or once somebody approves of it."""
+    return decision.allowed or decision.needs_approval
+
+
+def _ending(run: RunContext, orders: Orders) -> Ending | None:
+    """How the run must end now; one that another process has ended, or taken up, may do nothing more."""
     if orders.stop is not None:
         return cancelled(orders.stop)
-    return None if orders.is_running else INTERRUPTED
-
-
-def canonical_arguments(arguments: Mapping[str, Any]) -> str:
-    """Arguments as they are sealed and hashed."""
-    text = json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair, as JSON escapes it
+    return None if orders.running_as == run.attempt else INTERRUPTED
 
 
 def _outcome_row(tenant_id: UUID, run_id: UUID, call: Call) -> dict[str, Any]:
@@ -126,7 +206,7 @@ def _decided(run: RunContext, call: Call, arguments: str) -> Event:
     data = {
         "sequence": call.sequence,
         "tool": call.recorded_tool,
-        "decision": "allowed" if call.decision else "denied",
+        "decision": call.recorded_decision,
         "rule": call.decision.rule,
         "policy_version": run.policy.version,
         "definition_hash": run.policy.definition_hashes.get(call.tool),

@@ -90,7 +90,7 @@ def tool_call(call: Call) -> Iterator[None]:
 def _note_call(span: Span, call: Call) -> None:
     # A name that was not looked for in the policy, or not found there, is a text of the model's.
     tool = UNKNOWN_TOOL if call.decision.rule == BuiltIn.NOT_DECIDED else call.recorded_tool
-    decision, outcome = "allowed" if call.decision else "denied", call.outcome.value if call.outcome else "none"
+    decision, outcome = call.recorded_decision, call.outcome.value if call.outcome else "none"
     rule = str(call.decision.rule)
     tell(
         SecurityEvent.TOOL_USED, tool=tool, decision=decision, rule=rule, outcome=outcome, duration_ms=call.duration_ms

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 from uuid import UUID
 
-from app.secrets.known import LONGEST
+from app.secrets.known import LONGEST, Beginnings
 
 _SHORTEST: Final = 6  # a shorter string would blank ordinary text
 
@@ -14,14 +14,21 @@ _SHORTEST: Final = 6  # a shorter string would blank ordinary text
 class Redactor:
     """Replaces every occurrence of the given strings; other forms of a secret (encoded, split) pass.
 
-    `of_tenant` takes a tenant's own secrets out of a text.
+    `of_tenant` takes a tenant's own secrets out of a text, and `open_from` says where in one that goes on a secret may
+    begin that is not whole yet.
     """
 
     def __init__(
-        self, strings: Iterable[str], *, of_tenant: Callable[[UUID, str], str] = lambda _tenant_id, text: text
+        self,
+        strings: Iterable[str],
+        *,
+        of_tenant: Callable[[UUID, str], str] = lambda _tenant_id, text: text,
+        open_from: Callable[[UUID, str], int] = lambda _tenant_id, text: len(text),
     ) -> None:
         self._of_tenant = of_tenant
+        self._open_from = open_from
         self._strings: list[str] = []
+        self._beginnings = Beginnings(())
         self.learn(strings)
 
     def learn(self, strings: Iterable[str]) -> None:
@@ -29,6 +36,7 @@ class Redactor:
         known = {*self._strings, *(text for text in strings if len(text) >= _SHORTEST)}
         # The longest first, so that a path inside another leaves no rest.
         self._strings = sorted(known, key=len, reverse=True)
+        self._beginnings = Beginnings(self._strings)
 
     def __call__(self, text: str) -> str:
         for secret in self._strings:
@@ -46,6 +54,15 @@ class Redactor:
         """
         clean = self.for_tenant(tenant_id, text[: most + LONGEST])
         return (clean if len(text) <= most + LONGEST else clean[:-LONGEST])[:most]
+
+    def whole(self, tenant_id: UUID, text: str) -> int:
+        """How much of a text that goes on may be told now: whatever comes, no secret lies across that place."""
+        end = min(self._open_from(tenant_id, text), self._beginnings.open_from(text))
+        if end < len(text):
+            parts = self.for_tenant(tenant_id, text[:end]) + self.for_tenant(tenant_id, text[end:])
+            if parts != self.for_tenant(tenant_id, text):  # one that is whole lies across it
+                return 0
+        return end
 
     def __repr__(self) -> str:
         return f"Redactor({len(self._strings)} strings)"

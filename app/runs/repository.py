@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import func, insert, select, text, update
+from sqlalchemy import and_, case, func, insert, or_, select, text, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.caller import Caller
 from app.runs.context import RunContext
-from app.runs.models import Run, ToolCall
-from app.runs.state import Ending, Outcome, State, StopCause
+from app.runs.models import Content, Run, ToolCall
+from app.runs.state import Ending, Outcome, RunKind, State, StopCause
 
 # No ending of ours leaves one: each settles in its own transaction.
 _LEFT_RESERVED: Final = text("""
 select b.tenant_id, b.run_id from budget_reservations b
 join runs r on r.tenant_id = b.tenant_id and r.id = b.run_id
-where r.state not in ('running', 'waiting_approval')
+where r.state <> 'running'
 limit :limit
+""")
+
+# An erased one is disabled, too. Plain SQL, since users are another domain's.
+_IS_DISABLED: Final = text("""
+exists (select from users u where u.tenant_id = runs.tenant_id and u.id = runs.user_id and u.disabled_at is not null)
 """)
 
 
@@ -31,11 +36,12 @@ async def add(
     session: AsyncSession,
     run: RunContext,
     *,
-    conversation_id: UUID | None,
     lease_s: float,
     denied: Ending | None,
+    state: State = State.RUNNING,
 ) -> None:
-    """Insert a run: running under a lease, or denied from the start."""
+    """Insert a run: running under a lease, queued without one, or denied from the start."""
+    is_running = denied is None and state is State.RUNNING
     await session.execute(
         insert(Run).values(
             tenant_id=run.caller.tenant_id,
@@ -43,12 +49,15 @@ async def add(
             user_id=run.caller.user_id,
             role=run.caller.role.value,
             key_id=run.caller.key_id,
-            conversation_id=conversation_id,
+            conversation_id=run.conversation_id,
             policy_version=run.policy.version,
             model=run.model,
-            state=State.RUNNING if denied is None else denied.state,
+            kind=RunKind.BACKGROUND if run.is_durable else RunKind.INTERACTIVE,
+            attempt=run.attempt,
+            state=state if denied is None else denied.state,
             code=None if denied is None else denied.code,
-            lease_until=_lease(lease_s) if denied is None else None,
+            lease_until=_lease(lease_s) if is_running else None,
+            started_at=func.now() if is_running else None,
             finished_at=None if denied is None else func.now(),
         )
     )
@@ -59,22 +68,67 @@ def _lease(seconds: float) -> object:
 
 
 async def finish(session: AsyncSession, run: RunContext, ending: Ending, cause: StopCause | None) -> bool:
-    """End a running run; False where somebody else has ended it before."""
+    """End a run that this process executes; False where somebody else has ended it, or taken it up."""
+    values = {"code": ending.code, "cancel_cause": cause or Run.cancel_cause, "finished_at": func.now()}
+    return await _leave(session, run, ending.state, **values)
+
+
+async def suspend(session: AsyncSession, run: RunContext) -> bool:
+    """Let a run that this process executes wait for approvals, without a lease; False as above."""
+    return await _leave(session, run, State.WAITING_APPROVAL, kind=RunKind.BACKGROUND)
+
+
+async def give_back(session: AsyncSession, run: RunContext, *, has_died: bool) -> bool:
+    """Queue a run that this process executes, for another one to take up; False as above."""
+    return await _leave(session, run, State.QUEUED, deferred_at=None, deaths=Run.deaths + int(has_died))
+
+
+async def _leave(session: AsyncSession, run: RunContext, state: State, **values: Any) -> bool:
+    tokens = {"input_tokens": run.input_tokens, "output_tokens": run.output_tokens}
+    # One that begins in the queue ends there, where it may not run.
+    is_under_way = Run.state.in_([State.QUEUED, State.RUNNING])
+    is_ours = and_(Run.id == run.run_id, is_under_way, Run.attempt == run.attempt)
+    statement = update(Run).where(is_ours).values(state=state, lease_until=None, **tokens, **values)
+    return await session.scalar(statement.returning(Run.id)) is not None
+
+
+async def requeue(session: AsyncSession, run_id: UUID) -> bool:
+    """Queue a run that waited for approvals; False where it does not wait any more."""
+    waits = and_(Run.id == run_id, Run.state == State.WAITING_APPROVAL)
+    statement = update(Run).where(waits).values(state=State.QUEUED, deferred_at=None).returning(Run.id)
+    return await session.scalar(statement) is not None
+
+
+async def claim(session: AsyncSession, run_id: UUID, *, lease_s: float, policy_version: int, model: str) -> int | None:
+    """Take up a run that is queued, or whose process is dead; give the number of this claim, or None."""
+    is_free = or_(Run.state == State.QUEUED, and_(Run.state == State.RUNNING, Run.lease_until < func.now()))
     statement = (
         update(Run)
-        .where(Run.id == run.run_id, Run.state == State.RUNNING)
+        .where(Run.id == run_id, Run.kind == RunKind.BACKGROUND, is_free)
         .values(
-            state=ending.state,
-            code=ending.code,
-            cancel_cause=cause or Run.cancel_cause,
-            input_tokens=run.input_tokens,
-            output_tokens=run.output_tokens,
-            lease_until=None,
-            finished_at=func.now(),
+            state=State.RUNNING,
+            attempt=Run.attempt + 1,
+            deaths=Run.deaths + case((Run.state == State.RUNNING, 1), else_=0),
+            lease_until=_lease(lease_s),
+            deferred_at=None,
+            started_at=func.coalesce(Run.started_at, func.now()),
+            policy_version=policy_version,
+            model=model,
         )
-        .returning(Run.id)
+        .returning(Run.attempt)
     )
-    return await session.scalar(statement) is not None
+    return await session.scalar(statement)
+
+
+async def cancel_idle(session: AsyncSession, run_id: UUID, cause: StopCause) -> State | None:
+    """End a run that nobody executes; give the state that it was in, or None where somebody does or it has ended."""
+    idle = Run.state.in_([State.QUEUED, State.WAITING_APPROVAL])
+    before = await session.scalar(select(Run.state).where(Run.id == run_id, idle).with_for_update())
+    if before is None:
+        return None
+    values = {"state": State.CANCELLED, "code": "cancelled", "cancel_cause": cause, "finished_at": func.now()}
+    await session.execute(update(Run).where(Run.id == run_id).values(**values, deferred_at=None))
+    return State(before)
 
 
 async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, *, run_id: UUID | None = None) -> int:
@@ -94,11 +148,10 @@ async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, 
     return len(stopped)
 
 
-async def renew_leases(session: AsyncSession, run_ids: Sequence[UUID], *, lease_s: float) -> None:
-    """Platform role: say that these runs' process lives."""
-    await session.execute(
-        update(Run).where(Run.id.in_(run_ids), Run.state == State.RUNNING).values(lease_until=_lease(lease_s))
-    )
+async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]], *, lease_s: float) -> None:
+    """Platform role: say that the process of these runs (run, attempt) lives."""
+    are_held = tuple_(Run.id, Run.attempt).in_(claims)
+    await session.execute(update(Run).where(are_held, Run.state == State.RUNNING).values(lease_until=_lease(lease_s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +174,16 @@ class Interrupted:
     journalled: Sequence[Journalled]
 
 
-async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Sequence[Interrupted]:
-    """Platform role: end the runs whose process died, with what they had under way."""
+async def interrupt_expired(session: AsyncSession, *, attempts: int, limit: int = 500) -> Sequence[Interrupted]:
+    """Platform role: end the runs whose process died, with what they had under way.
+
+    Those in the background are taken up again instead, until so many of their processes have died; those of a
+    disabled user, which may not go on, are not: nobody can even read them once the user is erased.
+    """
+    is_lost = or_(Run.kind == RunKind.INTERACTIVE, Run.deaths + 1 >= attempts, _IS_DISABLED)
     expired = (
         select(Run.tenant_id, Run.id)
-        .where(Run.state == State.RUNNING, Run.lease_until < func.now())
+        .where(Run.state == State.RUNNING, Run.lease_until < func.now(), is_lost)
         .order_by(Run.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -141,7 +199,7 @@ async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Seque
     runs = (await session.execute(statement)).all()
     if not runs:
         return []
-    calls = await _leave_unknown(session, [row.id for row in runs])
+    calls = await leave_unknown(session, [row.id for row in runs])
     journalled = await _journalled(session, [row.id for row in runs])
     return [
         Interrupted(
@@ -158,7 +216,8 @@ async def interrupt_expired(session: AsyncSession, *, limit: int = 500) -> Seque
 async def _journalled(session: AsyncSession, run_ids: Sequence[UUID]) -> Mapping[UUID, Sequence[Journalled]]:
     query = select(ToolCall.run_id, ToolCall.tool, ToolCall.outcome, ToolCall.duration_ms)
     found: dict[UUID, list[Journalled]] = {}
-    for row in (await session.execute(query.where(ToolCall.run_id.in_(run_ids)))).all():
+    ended = and_(ToolCall.run_id.in_(run_ids), ToolCall.outcome.is_not(None), ~ToolCall.is_counted)
+    for row in (await session.execute(query.where(ended))).all():
         found.setdefault(row.run_id, []).append(Journalled(row.tool, Outcome(row.outcome), row.duration_ms))
     return found
 
@@ -169,10 +228,14 @@ async def left_reserved(session: AsyncSession, *, limit: int = 500) -> Sequence[
     return [(row.tenant_id, row.run_id) for row in rows.all()]
 
 
-async def _leave_unknown(session: AsyncSession, run_ids: Sequence[UUID]) -> Sequence[tuple[UUID, int, str]]:
+async def leave_unknown(
+    session: AsyncSession, run_ids: Sequence[UUID], *, but: Sequence[int] = ()
+) -> Sequence[tuple[UUID, int, str]]:
+    """Calls that may have been made, `but` those of these numbers: nobody knows, and nobody makes them again."""
+    in_doubt = and_(ToolCall.decision == "allowed", ToolCall.outcome.is_(None), ToolCall.sequence.not_in(but))
     statement = (
         update(ToolCall)
-        .where(ToolCall.run_id.in_(run_ids), ToolCall.outcome.is_(None))
+        .where(ToolCall.run_id.in_(run_ids), in_doubt)
         .values(outcome=Outcome.UNKNOWN)
         .returning(ToolCall.run_id, ToolCall.sequence, ToolCall.tool)
         .execution_options(synchronize_session=False)
@@ -186,25 +249,22 @@ async def find(session: AsyncSession, run_id: UUID, *, user_id: UUID | None) -> 
     return await session.scalar(query if user_id is None else query.where(Run.user_id == user_id))
 
 
-async def page(session: AsyncSession, *, user_id: UUID | None, before: UUID | None, limit: int) -> Sequence[Run]:
-    """The newest first."""
-    query = select(Run).order_by(Run.id.desc()).limit(limit)
-    if user_id is not None:
-        query = query.where(Run.user_id == user_id)
-    if before is not None:
-        query = query.where(Run.id < before)
-    return (await session.scalars(query)).all()
+async def note_tokens(session: AsyncSession, run: RunContext) -> None:
+    """Say what has been charged for a run that goes on."""
+    tokens = {"input_tokens": run.input_tokens, "output_tokens": run.output_tokens}
+    await session.execute(update(Run).where(Run.id == run.run_id).values(**tokens))
 
 
-async def turns_before(session: AsyncSession, *, user_id: UUID, conversation_id: UUID, limit: int) -> Sequence[UUID]:
-    """The last succeeded runs of a user's conversation, the oldest of them first."""
-    query = (
-        select(Run.id)
-        .where(Run.conversation_id == conversation_id, Run.user_id == user_id, Run.state == State.SUCCEEDED)
-        .order_by(Run.id.desc())
-        .limit(limit)
-    )
-    return list(reversed((await session.scalars(query)).all()))
+async def turns_of(session: AsyncSession, run_id: UUID) -> int:
+    """The model turns of a run that are in its journal."""
+    query = select(func.count()).select_from(Content).where(Content.run_id == run_id, Content.kind == "turn")
+    return await session.scalar(query) or 0
+
+
+async def count_calls(session: AsyncSession, run_id: UUID) -> None:
+    """Say that what became of a run's calls so far is in the usage."""
+    ended = and_(ToolCall.run_id == run_id, ToolCall.outcome.is_not(None), ~ToolCall.is_counted)
+    await session.execute(update(ToolCall).where(ended).values(is_counted=True))
 
 
 async def calls_of(session: AsyncSession, run_id: UUID) -> Sequence[ToolCall]:

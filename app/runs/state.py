@@ -10,13 +10,22 @@ from typing import Final
 class State(StrEnum):
     """Where a run is. It reaches exactly one terminal state."""
 
+    QUEUED = "queued"
     RUNNING = "running"
+    WAITING_APPROVAL = "waiting_approval"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     DENIED = "denied"
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
     INTERRUPTED = "interrupted"
+
+
+class RunKind(StrEnum):
+    """Who executes a run: the process that was asked, for somebody who waits, or a worker that resumes what died."""
+
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,12 @@ STEP_LIMIT: Final = Ending(State.FAILED, "step_limit", 200, "The run used all th
 TOOL_LIMIT: Final = Ending(State.FAILED, "tool_limit", 200, "The run used all the tool calls that the policy allows.")
 RUN_TIMEOUT: Final = Ending(State.TIMED_OUT, "run_timeout", 504, "The run took longer than the policy allows.")
 INTERRUPTED: Final = Ending(State.INTERRUPTED, "interrupted", 503, "The process that executed the run has died.")
+SESSION_LOST: Final = Ending(
+    State.INTERRUPTED, "session_lost", 503, "The run went on elsewhere, where a stateful tool server's session is not."
+)
+# No ending: the run goes on once every call that waits has been decided on.
+WAITING: Final = Ending(State.WAITING_APPROVAL, "approval_required", 202, "A tool call waits for an approval.")
+GIVEN_BACK: Final = Ending(State.QUEUED, None, 202, "The run goes on in another process.")
 DATABASE_LOST: Final = Ending(State.FAILED, "unavailable", 503, "The database was not available while the run went on.")
 INTERNAL: Final = Ending(State.FAILED, "internal", 500, "Something went wrong on our side.")
 

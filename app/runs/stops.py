@@ -18,7 +18,7 @@ from app.runs.state import StopCause
 
 # The validity of tenant, user and key as of now; nothing here is cached.
 _ORDERS: Final = text("""
-select r.id, r.state, r.cancel_cause,
+select r.id, r.state, r.attempt, r.cancel_cause,
        t.status <> 'active' as tenant_disabled,
        u.disabled_at is not null as user_disabled,
        k.id is not null and (k.revoked_at is not null or k.expires_at <= now()) as key_revoked,
@@ -33,15 +33,18 @@ join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
 left join api_keys k on k.tenant_id = r.tenant_id and k.id = r.key_id
 where r.id = any(:run_ids)
 """)
+_HELD: Final = text(f"{_ORDERS.text} for share of r")
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What holds for one run now: why it must stop, if it must, and what it may no longer call."""
+    """What holds for one run now: why it must stop, if it must, whose claim it runs under, if it runs at all, and what
+    it may no longer call.
+    """
 
     run_id: UUID
     stop: StopCause | None
-    is_running: bool
+    running_as: int | None
     stopped_servers: frozenset[str]
     stopped_tools: frozenset[str]
 
@@ -50,9 +53,12 @@ class Orders:
         return tool in self.stopped_tools or tool.partition("__")[0] in self.stopped_servers
 
 
-async def read_orders(session: AsyncSession, run_ids: Sequence[UUID]) -> list[Orders]:
-    """Read the orders for these runs; as the app role only the current tenant's are seen."""
-    rows = await session.execute(_ORDERS, {"run_ids": list(run_ids), "platform": PLATFORM_TENANT})
+async def read_orders(session: AsyncSession, run_ids: Sequence[UUID], *, holds: bool = False) -> list[Orders]:
+    """Read the orders for these runs; as the app role only the current tenant's are seen.
+
+    Where it `holds` the runs, nobody ends them or takes them up before the transaction is over.
+    """
+    rows = await session.execute(_HELD if holds else _ORDERS, {"run_ids": list(run_ids), "platform": PLATFORM_TENANT})
     return [_orders(row) for row in rows.all()]
 
 
@@ -61,7 +67,7 @@ def _orders(row: Row[Any]) -> Orders:
     return Orders(
         run_id=row.id,
         stop=_cause(row, {scope for scope, _, _ in switches}),
-        is_running=row.state == "running",
+        running_as=row.attempt if row.state == "running" else None,
         stopped_servers=frozenset(target for scope, _, target in switches if scope == "server"),
         stopped_tools=frozenset(target for scope, _, target in switches if scope == "tool"),
     )

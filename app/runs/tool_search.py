@@ -36,6 +36,13 @@ def _shown(run: RunContext, tools: list[BaseTool | dict[str, Any]]) -> list[Base
     return [tool for tool in tools if isinstance(tool, BaseTool) and tool.name in shown]
 
 
+def search_again(run: RunContext) -> None:
+    """Let the model of a run that was taken up see what its searches had found."""
+    for call in run.calls:
+        if call.tool == tool_search.NAME and call.decision:
+            search(run, call.arguments["query"])
+
+
 def search(run: RunContext, query: str) -> str:
     """Let the run's model see what is found, and tell it."""
     found = run.index.search(query) if run.index else []

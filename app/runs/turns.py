@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 import openai
@@ -15,27 +15,41 @@ import orjson
 
 from app.limits.budgets import Tokens
 from app.limits.meter import Meter
+from app.runs import chunks
+from app.runs.deltas import Deltas
 
 # Of one turn where a budget holds; sent along, so that the endpoint keeps to it.
 MAX_OUTPUT_TOKENS: Final = 8_192
+_PATH: Final = "/chat/completions"
 _AGAIN: Final = frozenset({408, 409, 429})
 _LONGEST_WAIT_S: Final = 60
+# What may still come after the last piece of a stream: nothing, of an endpoint in its right mind.
+_DRAIN_S: Final = 0.5
+_MAX_DRAINED: Final = 20
 # Raised before a byte of the request has left.
 _UNSENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
-async def send(client: openai.AsyncOpenAI, meter: Meter, payload: dict[str, Any], *, retries: int) -> httpx.Response:
-    """POST a chat completion, again where that may help. Raise what the client raises, and what ends the run."""
+async def send(
+    client: openai.AsyncOpenAI,
+    meter: Meter,
+    payload: dict[str, Any],
+    *,
+    retries: int,
+    deltas: Deltas | None = None,
+) -> Any:
+    """POST a chat completion, again where that may help, and give what was answered, which may be anything.
+
+    With `deltas` its text is told as it comes. Raise what the client raises, ValueError for what is no JSON or no
+    stream of a completion, and what ends the run.
+    """
     if meter.is_bounded:
         payload["max_completion_tokens"] = min(payload.get("max_completion_tokens", 1 << 31), MAX_OUTPUT_TOKENS)
     most = Tokens(len(_as_sent(payload)), MAX_OUTPUT_TOKENS)
     for attempt in range(retries + 1):
         await meter.charge(most)
         try:
-            # Its own retries would be turns that nobody has charged.
-            return await client.post(
-                "/chat/completions", body=payload, cast_to=httpx.Response, options={"max_retries": 0}
-            )
+            return await (_whole(client, payload) if deltas is None else _streamed(client, payload, deltas))
         except (openai.APIStatusError, openai.APIConnectionError) as error:
             if _is_free(error):
                 meter.correct(Tokens())
@@ -43,6 +57,63 @@ async def send(client: openai.AsyncOpenAI, meter: Meter, payload: dict[str, Any]
                 raise
         await asyncio.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _whole(client: openai.AsyncOpenAI, payload: Mapping[str, Any]) -> Any:
+    # Its own retries would be turns that nobody has charged.
+    response = await client.post(_PATH, body=payload, cast_to=httpx.Response, options={"max_retries": 0})
+    return orjson.loads(response.content)
+
+
+async def _streamed(client: openai.AsyncOpenAI, payload: Mapping[str, Any], deltas: Deltas) -> Any:
+    deltas.begin()
+    streamed = await client.post(
+        _PATH,
+        body={**payload, "stream": True, "stream_options": {"include_usage": True}},
+        cast_to=httpx.Response,
+        options={"max_retries": 0},
+        stream=True,
+        stream_cls=openai.AsyncStream[Any],
+    )
+    response = cast("httpx.Response", streamed)  # as it was cast to
+    request: Any = response.request  # of either generation of the library below
+    try:
+        completion = await _received(response, deltas)
+    except (httpx.TimeoutException, TimeoutError) as error:
+        raise openai.APITimeoutError(request=request) from error
+    except (httpx.HTTPError, chunks.BrokenOff) as error:
+        raise openai.APIConnectionError(request=request) from error
+    finally:
+        await response.aclose()
+    deltas.end()
+    return completion
+
+
+async def _received(response: httpx.Response, deltas: Deltas) -> Any:
+    """What is streamed, or what an endpoint that does not stream has answered."""
+    received = response.aiter_bytes()
+    if response.headers.get("content-type", "").lower().startswith("text/event-stream"):
+        completion = await chunks.assembled(received, deltas.say)
+        await _drain(received)
+        return completion
+    body = bytearray()
+    async for part in received:
+        body += part
+        if len(body) > chunks.MAX_BYTES:
+            raise chunks.NoCompletion
+    completion = orjson.loads(body)
+    with suppress(TypeError, LookupError):  # what it is if it is none is for others to say
+        text = completion["choices"][0]["message"]["content"]
+        deltas.say(text if isinstance(text, str) else "")
+    return completion
+
+
+async def _drain(received: AsyncIterator[bytes]) -> None:
+    """To its end, if that comes at once: then the connection serves the next turn, too."""
+    with suppress(TimeoutError, httpx.HTTPError, StopAsyncIteration):
+        async with asyncio.timeout(_DRAIN_S):
+            for _ in range(_MAX_DRAINED):
+                await anext(received)
 
 
 def _as_sent(payload: Mapping[str, Any]) -> bytes:

@@ -17,8 +17,9 @@ from app.caller import PLATFORM_TENANT
 from app.limits import service as budgets
 from app.limits.usage import Spent
 from app.platform_db import PlatformDatabase
-from app.runs import repository
+from app.runs import events, repository
 from app.runs.budgets import tallies
+from app.runs.events import EventKind
 from app.runs.executor import Executor
 from app.runs.repository import Interrupted
 from app.runs.state import INTERRUPTED, Outcome, State, StopCause
@@ -44,13 +45,21 @@ class Watch:
     """One loop a process. It asks the database, not a notification, so that a lost connection delays nothing."""
 
     def __init__(
-        self, *, platform: PlatformDatabase, executor: Executor, pool: ServerPool, every_s: float, lease_s: float
+        self,
+        *,
+        platform: PlatformDatabase,
+        executor: Executor,
+        pool: ServerPool,
+        every_s: float,
+        lease_s: float,
+        attempts: int,
     ) -> None:
         self._platform = platform
         self._executor = executor
         self._pool = pool
         self._every_s = every_s
         self._lease_s = lease_s
+        self._attempts = attempts
 
     async def keep(self) -> None:
         """Go on until cancelled; a database that does not answer is asked again."""
@@ -73,10 +82,10 @@ class Watch:
             await asyncio.sleep(self._every_s)
 
     async def _renew(self) -> None:
-        run_ids = list(self._executor.in_flight())
-        if run_ids:
+        claims = [(run_id, run.attempt) for run_id, run in self._executor.in_flight().items()]
+        if claims:
             async with self._platform.transaction() as session:
-                await repository.renew_leases(session, run_ids, lease_s=self._lease_s)
+                await repository.renew_leases(session, claims, lease_s=self._lease_s)
 
     async def _stop_ordered(self) -> None:
         flights = self._executor.in_flight()
@@ -87,7 +96,7 @@ class Watch:
         for orders in all_orders:
             if orders.stop is not None:
                 self._executor.stop(orders.run_id, orders.stop)
-            elif not orders.is_running:  # another process took this one for dead
+            elif orders.running_as != flights[orders.run_id].attempt:  # another process took this one for dead
                 self._executor.stop(orders.run_id, StopCause.SHUTDOWN)
             elif any(orders.stops(tool) for tool in flights[orders.run_id].tools_in_flight):
                 self._executor.stop(orders.run_id, StopCause.KILL_SWITCH)
@@ -103,11 +112,13 @@ class Watch:
             self._pool.end_outdated(tenant_id, None if is_stopped else generation)
 
     async def reap(self) -> None:
-        """End the runs whose lease has run out, each with its event."""
+        """End the runs whose lease has run out and that nobody takes up, each with its event."""
         async with self._platform.transaction() as session:
-            interrupted = await repository.interrupt_expired(session)
+            interrupted = await repository.interrupt_expired(session, attempts=self._attempts)
             for ended in interrupted:
                 await audit.append(session, ended.tenant_id, *_endings(ended))
+                told = {"status": INTERRUPTED.state, "code": INTERRUPTED.code}
+                await events.append(session, ended.tenant_id, ended.run_id, EventKind.RUN_FINISHED, told)
                 _log.warning("run.interrupted", tenant_id=str(ended.tenant_id), run_id=str(ended.run_id))
                 count_run(ended.tenant_id, State.INTERRUPTED.value, INTERRUPTED.code)
             # Last, for it locks the tenants' accounts. What a dead process has used, nobody knows: all it had reserved.

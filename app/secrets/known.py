@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Final
 from urllib.parse import quote, quote_plus, unquote
 from uuid import UUID
@@ -27,6 +28,8 @@ _MAX_TEXTS: Final = 250  # of one tenant: those that it has now, and the newest 
 _MANY: Final = 1_000
 _MEMORY_BYTES: Final = 32 << 20  # what RE2 may take for what it has seen; with less it would become slow
 _MARK: Final = "[redacted]"
+# Characters by which the beginning of a text is known: most secrets are no longer.
+_HEAD: Final = 64
 # Who logs in by a URL. The library's own way would keep the last hundred URLs that it has split, which may be secrets.
 _USER: Final = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)@")
 
@@ -71,6 +74,38 @@ class KnownTexts:
         search = self._searches.get(tenant_id)
         return search.redact(text) if search else text
 
+    def open_from(self, tenant_id: UUID, text: str) -> int:
+        """Where in a text that goes on something may begin that is not whole yet; its length where nothing does."""
+        search = self._searches.get(tenant_id)
+        return search.beginnings.open_from(text) if search else len(text)
+
+
+class Beginnings:
+    """How texts begin, so that one that comes in pieces is known before it is whole.
+
+    Of each only the head is kept: what has a head, and is shorter than the longest with that head, may be one.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._lengths: dict[str, int] = {}
+        for text in texts:
+            head = text[:_HEAD]
+            self._lengths[head] = max(self._lengths.get(head, 0), len(text))
+        self._heads = sorted(self._lengths)
+        self._first = frozenset(head[0] for head in self._heads)
+        self._longest = max(self._lengths.values(), default=0)
+
+    def open_from(self, text: str) -> int:
+        """The first place from which all the rest may be the beginning of one; the length of the text for none."""
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._first and self._may_begin(text[at : at + _HEAD], left=len(text) - at):
+                return at
+        return len(text)
+
+    def _may_begin(self, piece: str, *, left: int) -> bool:
+        heads = islice(self._heads, bisect_left(self._heads, piece), None)
+        return any(left < self._lengths[head] for head in takewhile(lambda head: head.startswith(piece), heads))
+
 
 class _Search:
     """First for six bytes of each form, all at once, which takes about 0.1 ms for 64 KB. Most often there are none.
@@ -80,6 +115,11 @@ class _Search:
 
     def __init__(self, texts: Mapping[str, frozenset[bytes]]) -> None:
         self._texts = texts
+
+    @cached_property
+    def beginnings(self) -> Beginnings:
+        """For those who read a text as it comes."""
+        return Beginnings(form for text in self._texts for form in forms(text))
 
     def redact(self, text: str) -> str:
         near = self._near(text.encode(errors="surrogatepass"))

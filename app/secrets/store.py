@@ -93,6 +93,10 @@ class TenantSecrets:
         """The text without any that this process has resolved for the tenant, as it is or in a common encoding."""
         return self._known.redact(tenant_id, text)
 
+    def open_from(self, tenant_id: UUID, text: str) -> int:
+        """Where in a text that goes on one of these may begin that is not whole yet; its length where none does."""
+        return self._known.open_from(tenant_id, text)
+
     def tenants(self) -> list[UUID]:
         """Whose texts are here."""
         return self._known.tenants()

@@ -11,7 +11,7 @@ from app.servers.templates import check_call
 def decide(policy: ActivePolicy, request: ToolRequest) -> Decision:
     """The policy's rules, and then those that the server's template brings along."""
     decision = policy.compiled.decide(request)
-    if decision:
+    if decision or decision.needs_approval:  # nobody is asked to approve of what its server would refuse
         server, _, tool = request.tool.partition("__")
         if denial := check_call(policy.document.servers[server], tool, request.arguments):
             return Decision.deny(denial.rule, denial.reason)

@@ -273,19 +273,26 @@ class LiveServer:
         return CallbackClientSession(session, self.name, manager)
 
     async def call(
-        self, tool: str, arguments: Mapping[str, Any], *, timeout_s: float, whom: OnBehalf | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        whom: OnBehalf | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> CallToolResult:
-        """Make one permitted call, for somebody.
+        """Make one permitted call, for somebody; `meta` goes along beside the arguments.
 
         Raises ToolTimedOut or ServerLost, and retires the server, since it may go on with what it was asked.
         A JSON-RPC error of the server comes back as a result with isError.
         """
+        told = dict(meta or {})
         if self.identify is None:
-            return await self._make(tool, arguments, None, timeout_s)
+            return await self._make(tool, arguments, told or None, timeout_s)
         if whom is None:
             raise ValueError("this server is told whom each call is made for")
         identity = self.identify(whom, tool)
-        return concealed(await self._make(tool, arguments, {META_KEY: identity}, timeout_s), identity)
+        return concealed(await self._make(tool, arguments, told | {META_KEY: identity}, timeout_s), identity)
 
     async def _make(
         self, tool: str, arguments: Mapping[str, Any], meta: dict[str, Any] | None, timeout_s: float

@@ -12,7 +12,7 @@ from app.caller import Caller
 from app.db import Database
 from app.errors import Fault
 from app.outbound.catalogue import ModelCatalogue
-from app.policies import checks, definitions, pricing, versions
+from app.policies import advice, checks, definitions, pricing, versions
 from app.policies import document as documents
 from app.policies.caps import Caps
 from app.policies.definitions import Change
@@ -35,7 +35,7 @@ class Prepared:
     """A version that may be made to hold, for as long as `replaces` still is what holds, and if `rules` of that let it.
 
     `replaces` is None where nothing holds. `changes` are of the tools of servers that both versions declare alike: what
-    nobody has asked for.
+    nobody has asked for. `warnings` are for its author, and keep nothing from holding.
     """
 
     version: int
@@ -43,6 +43,7 @@ class Prepared:
     replaces: int | None
     rules: PublishingRules
     changes: Sequence[Change] = ()
+    warnings: Sequence[str] = ()
 
 
 async def prepare(
@@ -74,12 +75,13 @@ async def prepare(
             faults += error.faults
     if faults:
         raise PolicyInvalid(faults=faults)
+    warnings = advice.warnings(document)
     if holding is None:
-        return Prepared(version, tools, None, PublishingRules())
+        return Prepared(version, tools, None, PublishingRules(), warnings=warnings)
     held = await to_thread.run_sync(documents.parse, holding.document)
     alike = [name for name, declared in document.servers.items() if held.servers.get(name) == declared]
     changes = definitions.changes(*([tool for tool in of if tool.server in alike] for of in (holding.pinned(), tools)))
-    return Prepared(version, tools, holding.version, held.publishing, changes)
+    return Prepared(version, tools, holding.version, held.publishing, changes, warnings)
 
 
 async def hold(

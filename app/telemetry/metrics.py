@@ -98,6 +98,14 @@ QUEUE_WAIT: Final = Histogram(
     buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 RUNS_IN_FLIGHT: Final = Gauge("bulkhead_runs_in_flight", "Runs that this process executes now.")
+WORKERS: Final = Gauge("bulkhead_workers", "Workers of background runs that live, as last seen; all tell the same.")
+BACKGROUND_QUEUED: Final = Gauge(
+    "bulkhead_background_queued", "Background runs of all tenants that are queued, as last seen."
+)
+BACKGROUND_WAIT: Final = Gauge(
+    "bulkhead_background_wait_seconds",
+    "How long the background run whose turn it is has waited for a worker, as last seen.",
+)
 RUNS: Final = Counter(
     "bulkhead_runs_total",
     "Runs that have ended, by how: their state, and the code of what went wrong (`none`).",
@@ -108,6 +116,12 @@ RUN_SECONDS: Final = Histogram(
     "Time from a query's acceptance to its run's recorded end, waiting included, in seconds.",
     ["state"],
     buckets=(0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900),
+)
+APPROVALS_WAITING: Final = Gauge(
+    "bulkhead_approvals_waiting", "Tool calls of all tenants that wait for an approval, as last counted."
+)
+APPROVALS_OLDEST: Final = Gauge(
+    "bulkhead_approvals_oldest_seconds", "How long the tool call that has waited longest for an approval has done so."
 )
 SCREENINGS: Final = Counter("bulkhead_screenings_total", "Queries by verdict: allowed, flagged, refused.", ["verdict"])
 TOOL_CALLS: Final = Counter(

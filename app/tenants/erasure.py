@@ -26,7 +26,7 @@ _DELETE: Final = text("select bulkhead_delete_erased(:most)")
 _UNDER_WAY: Final = text("""
 select exists (
     select 1 from runs r join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
-    where u.erased_at is not null and r.state in ('running', 'waiting_approval')
+    where u.erased_at is not null and r.state in ('queued', 'running', 'waiting_approval')
 )
 """)
 _BATCH: Final = 2_000

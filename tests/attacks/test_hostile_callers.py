@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,8 +19,10 @@ from sqlalchemy import make_url
 from app.embedded.postgres import EmbeddedPostgres
 from app.keyring import SecretKey
 from app.listening import bound, listening, url_of
-from app.runs import repository
+from app.runs import conversations
+from app.runs.context import RunContext
 from app.tenants import keys as tenant_keys
+from app.tenants import repository as tenants
 from tests.attacks.hijacked import POLICY, HijackedModel
 from tests.service import Client, Databases, Service, Tenant, new_client, running_service
 
@@ -154,49 +158,64 @@ async def test_a_stranger_does_not_choose_the_address_on_the_record(
                 assert await _recorded(attacked, url_of(listener), address) is is_believed
 
 
-async def test_a_conversation_of_another_user_is_not_shown(
-    attacked: Service, model: HijackedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_conversation_of_another_user_is_not_shown(attacked: Service, model: HijackedModel) -> None:
     tenant = await attacked.new_tenant(policy=POLICY)
     conversation = str(uuid4())
     assert (await tenant.user.ask(f"remember {NONCE}", conversation=conversation)).is_success
 
-    async def shown_to(client: Client) -> bool:
+    async def shown_to(client: Client) -> tuple[int, bool]:
         query = model.learn("done")
         response = await client.ask(query, conversation=conversation)
-        return response.is_success and NONCE in str(model.told[query])
+        assert NONCE not in response.text
+        return response.status_code, NONCE in str(model.told.get(query))
 
     colleague, _, _ = await attacked.new_user(tenant.id)
-    assert await shown_to(tenant.user)
-    assert not await shown_to(colleague)
-    assert not await shown_to(tenant.admin)
-    _ask_for_the_turns_of(UUID(tenant.user_id), monkeypatch)
-    assert not await shown_to(colleague)
-    _open_with_the_key_of(UUID(tenant.user_id), monkeypatch)
-    await tenant.user.ask("hello")
-    assert await shown_to(colleague)
+    assert await shown_to(tenant.user) == (200, True)
+    for stranger in (colleague, tenant.admin):
+        assert await shown_to(stranger) == (404, False)
+    walls = await _walls_around(attacked, tenant)
+    for alone, status in (("thread", 404), ("turns", 200), ("key", 500)):
+        with _down(wall for name, wall in walls.items() if name != alone):
+            assert await shown_to(colleague) == (status, False), f"the wall around its {alone} does not hold alone"
+    with _down(walls.values()):
+        assert await shown_to(colleague) == (200, True), "the attack proves nothing: it fails with all walls down"
 
 
-def _ask_for_the_turns_of(user_id: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wall down: the query for a conversation's turns does not look whose they are."""
-    turns_before = repository.turns_before
-
-    async def anybodys(session: Any, **named: Any) -> Any:
-        return await turns_before(session, **(named | {"user_id": user_id}))
-
-    monkeypatch.setattr(repository, "turns_before", anybodys)
+Patch = tuple[Any, str, Any]
 
 
-def _open_with_the_key_of(user_id: UUID, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other wall down: texts are not sealed with a key of each user's own."""
-    open_user_key, wrapped = tenant_keys.open_user_key, {}
+async def _walls_around(service: Service, tenant: Tenant) -> dict[str, Patch]:
+    """What keeps a user's conversation from others, each as what takes it down."""
+    user_id = UUID(tenant.user_id)
+    async with service.app.state.database.transaction(UUID(tenant.id)) as session:
+        wrapped_key = (await tenants.get_user(session, user_id)).wrapped_key
+    history, open_user_key = conversations.history, tenant_keys.open_user_key
 
-    def key(tenant_key: Any, wrapped_key: bytes, *, user_id: UUID) -> Any:
-        wrapped[user_id] = wrapped_key
-        return open_user_key(tenant_key, wrapped[victim], user_id=victim)
+    async def anybodys(*_: Any) -> None:
+        """Whoever asks is let into the thread."""
 
-    victim = user_id
-    monkeypatch.setattr(tenant_keys, "open_user_key", key)
+    async def of_its_user(session: Any, run: RunContext, conversation_id: UUID) -> Any:
+        """The turns are those of the thread's user, whoever asks."""
+        of_user = dataclasses.replace(run, caller=dataclasses.replace(run.caller, user_id=user_id))
+        return await history(session, of_user, conversation_id)
+
+    def its_users_key(tenant_key: SecretKey, *_: Any, **__: Any) -> SecretKey:
+        """Texts are not sealed with a key of each user's own."""
+        return open_user_key(tenant_key, wrapped_key, user_id=user_id)
+
+    return {
+        "thread": (conversations, "join", anybodys),
+        "turns": (conversations, "history", of_its_user),
+        "key": (tenant_keys, "open_user_key", its_users_key),
+    }
+
+
+@contextmanager
+def _down(walls: Iterable[Patch]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, instead in walls:
+            patch.setattr(module, name, instead)
+        yield
 
 
 async def _stolen(service: Service, model: HijackedModel) -> list[str]:

@@ -182,8 +182,8 @@ async def test_calls_side_by_side_do_not_pass_the_limit(
     assert seen <= 5
     await _agrees_with_itself(outcome, seen)
 
-    def begin_call(run: RunContext, tool: str, arguments: dict[str, Any]) -> RunCall:
-        call = RunCall(len(run.calls) + 1, tool, arguments)
+    def begin_call(run: RunContext, tool: str, arguments: dict[str, Any], *, position: int) -> RunCall:
+        call = RunCall(len(run.calls) + 1, tool, arguments, run.model_turns, position)
         run.calls.append(call)
         return call
 

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from app.keyring import SecretKey
-from app.runs.journal import canonical_arguments
+from app.runs.arguments import canonical
 from app.tenants.service import open_tenant_key
 from tests.auth.forgery import Issuer
 from tests.service import POLICY, Databases, Service, running_service
@@ -137,7 +137,7 @@ def _of_calls(service: Service, tenant_id: str, mac: Any, *, version: int) -> li
     calls = [json.loads(line) for line in path.read_text().splitlines()]
     found: list[Seen] = []
     for number, call in enumerate(calls, 1):
-        arguments = canonical_arguments({"path": call["paths"][0]}).encode()
+        arguments = canonical({"path": call["paths"][0]}).encode()
         named = {"sequence": number, "tool": f"docs__{call['tool']}"}
         decided = {"decision": "allowed", "policy_version": version, "arguments_hmac": mac("audit", arguments).hex()}
         found += [("tool.decided", named | decided), ("tool.finished", named | {"outcome": "succeeded"})]

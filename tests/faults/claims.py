@@ -1,4 +1,4 @@
-"""What must be true after any kills. Each claim gives the evidence against it; pure, so that it can be tried itself."""
+"""What must be true of the record after any faults. Each claim gives the evidence against it; pure, so to be tried."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ from typing import Any, Final
 from tests.faults import chains
 from tests.faults import scripted_model as model
 from tests.faults.evidence import Evidence
-from tests.faults.ledger import Asked
+from tests.faults.ledger import Asked, Kind
 from tests.runs.faults import TERMINAL
 
 Event = Mapping[str, Any]
+Claim = Callable[[Evidence], Iterator[str]]
 _REFUSED: Final = {"query.received": 1, "query.screened": 1, "run.finished": 1}
-_OK, _REFUSED_QUERY, _TOO_MANY, _UNAVAILABLE = 200, 422, 429, 503
-
-
-def violations(evidence: Evidence) -> dict[str, list[str]]:
-    """What contradicts each claim, by the claim's name; empty where everything holds."""
-    found = {claim.__name__: list(claim(evidence)) for claim in CLAIMS}
-    return {name: against for name, against in found.items() if against}
+_OK, _ACCEPTED, _REFUSED_QUERY, _TOO_MANY = 200, 202, 422, 429
+# What a fault of somebody else's may have led to, by status.
+_FAULTS: Final = {
+    502: {"model_failed"},
+    503: {"interrupted", "server_unavailable", "unavailable", "shutting_down"},
+    504: {"run_timeout"},
+}
 
 
 def answers_are_clear(evidence: Evidence) -> Iterator[str]:
-    """Whoever was answered was told an end, a refusal that fits, or to try again later; nothing else."""
+    """Whoever asked was told an end, a refusal that fits, or to try again later; nothing else, and never a defect."""
     for asked in evidence.asked:
-        limit = evidence.limits[asked.tenant_id].keys()
-        fits = {
-            None: True,
-            _OK: "contraband" not in asked.tools,
-            _REFUSED_QUERY: "contraband" in asked.tools,
-            _TOO_MANY: asked.body.get("code") == ("budget_exhausted" if "tokens_per_day" in limit else "too_many_runs"),
-            _UNAVAILABLE: True,
-        }
-        if not fits.get(asked.status):
-            yield f"{asked}"
+        for status, code in {*asked.told_of, (asked.status, asked.body.get("code"))}:
+            if not _fits(asked, evidence.limits[asked.tenant_id], status=status, code=code):
+                yield f"{asked}: {status} {code}"
+
+
+def _fits(asked: Asked, limit: Mapping[str, Any], *, status: int | None, code: str | None) -> bool:
+    is_contraband = "contraband" in asked.tools
+    if status == _ACCEPTED:
+        return not is_contraband and (asked.kind is Kind.BACKGROUND or "sign" in asked.tools)
+    if status == _TOO_MANY:
+        return code == ("budget_exhausted" if "tokens_per_day" in limit else "too_many_runs")
+    if status in {_OK, _REFUSED_QUERY, None}:
+        return status is None or is_contraband == (status == _REFUSED_QUERY)
+    return code in _FAULTS.get(status or 0, ())
 
 
 def refusals_are_recorded(evidence: Evidence) -> Iterator[str]:
@@ -50,51 +55,60 @@ def refusals_are_recorded(evidence: Evidence) -> Iterator[str]:
             limits = [event["data"]["limit"] for event in _of(events, "limit.exceeded")]
             if (ends, limits) != (["budget_exhausted"], ["tokens_per_day"]):
                 yield f"{asked}: {ends}, {limits}"
-        elif asked.status == _TOO_MANY and asked.nonce in evidence.runs:
+        elif asked.status == _TOO_MANY and asked.nonce in evidence.run_ids:
             yield f"{asked} has a run"
 
 
 def answered_is_recorded(evidence: Evidence) -> Iterator[str]:
-    """Each answer has all events that the ledger calls for, with the decisions that the client was told."""
+    """Each run that succeeded or was refused has all events that the ledger calls for; more only if it was resumed."""
     by_run = _by_run(evidence)
     for asked in evidence.asked:
-        if asked.status in {_OK, _REFUSED_QUERY}:
-            events = by_run[asked.body["run_id"]]
-            found = Counter(event["type"] for event in events)
-            if found != _expected(asked) or {event["actor_id"] for event in events} != {asked.user_id}:
-                yield f"{asked}: {found}"
-            decided = Counter((e["data"]["tool"], e["data"]["decision"]) for e in _of(events, "tool.decided"))
-            if asked.status == _OK and decided != _decisions(asked):
-                yield f"{asked}: {decided}"
+        if asked.run_id and (asked.status == _REFUSED_QUERY or asked.state == "succeeded"):
+            events = by_run[asked.run_id]
+            found, expected = Counter(event["type"] for event in events), _expected(asked)
+            actors = {event["actor_id"] for event in events}
+            if expected - found or (_is_plain(asked, found) and (found != expected or actors != {asked.user_id})):
+                yield f"{asked}: {found}, {actors}"
 
 
 def told_is_stored(evidence: Evidence) -> Iterator[str]:
     """What the client was told of its run is what the run and its last event say: state, calls and tokens."""
     by_run = _by_run(evidence)
     for asked in evidence.asked:
-        if asked.status == _OK:
-            run_id, told = asked.body["run_id"], asked.body
-            calls = Counter((call["tool"], call["decision"]) for call in told["tool_calls"])
-            ends = [event["data"] for event in _of(by_run[run_id], "run.finished")]
-            spent = [(end["state"], end["tool_calls"], end["input_tokens"], end["output_tokens"]) for end in ends]
-            turns = len(asked.turns) + 1
-            expected = ("succeeded", len(asked.tools), turns * model.IN_TOKENS, turns * model.OUT_TOKENS)
-            states = {told["status"], evidence.states.get(run_id)}
-            if calls != _decisions(asked) or spent != [expected] or states != {"succeeded"}:
-                yield f"{asked}: {spent}, {states}"
-            if asked.nonce not in told["answer"]:
-                yield f"{asked}: another's answer"
+        if asked.run_id and asked.state == "succeeded":
+            told, stored = asked.told, evidence.runs.get(asked.run_id, {})
+            ends = [event["data"] for event in _of(by_run[asked.run_id], "run.finished")]
+            same = ("status", "answer", "tool_calls", "usage", "policy_version")
+            if any(told.get(name) != stored.get(name) for name in same) or len(ends) != 1:
+                yield f"{asked}: {told}, stored {stored}, ends {ends}"
+            elif told["answer"] != model.answer(asked.nonce) or _calls(told) != _decisions(asked):
+                yield f"{asked}: {told}"
+            elif not _spent(asked, ends[0], evidence):
+                yield f"{asked}: {ends}"
+
+
+def _calls(told: Mapping[str, Any]) -> Counter[str]:
+    return Counter(call["tool"] for call in told["tool_calls"])
+
+
+def _spent(asked: Asked, end: Mapping[str, Any], evidence: Evidence) -> bool:
+    """As many tokens as its turns take; more where a turn was asked for again, but never more than were answered."""
+    turns = len(asked.turns) + 1
+    answered = sum(turn.is_answered for turn in evidence.turns if turn.nonce == asked.nonce)
+    used = end["input_tokens"], end["output_tokens"]
+    fits = [(times * model.IN_TOKENS, times * model.OUT_TOKENS) for times in range(turns, max(turns, answered) + 1)]
+    return end["state"] == "succeeded" and end["tool_calls"] == len(asked.tools) and used in fits
 
 
 def effects_were_decided(evidence: Evidence) -> Iterator[str]:
     """No tool acts without a decision that let it, recorded before; none acts twice, and none that was denied."""
-    by_run, runs = _by_run(evidence), evidence.runs
+    by_run, runs = _by_run(evidence), evidence.run_ids
     acted: dict[str, list[float]] = defaultdict(list)
     for effect in evidence.effects:
         acted[effect.nonce].append(effect.at)
-        if effect.tool != "record" or effect.nonce not in runs:
+        if effect.tool == "erase" or effect.nonce not in runs:
             yield f"{effect} of no run, or denied"
-    for note, times in Counter(effect.note for effect in evidence.effects).items():
+    for note, times in Counter(effect.note.removesuffix("-edited") for effect in evidence.effects).items():
         if times != 1:
             yield f"{note}: {times} times"
     for nonce, times_at in acted.items():
@@ -118,9 +132,9 @@ def calls_end_once(evidence: Evidence) -> Iterator[str]:
     """Each call that was let through has one outcome, if only `unknown`; a denied one has none."""
     for run_id, events in _by_run(evidence).items():
         decided = [e["data"] for e in _of(events, "tool.decided")]
-        allowed = Counter(data["sequence"] for data in decided if data["decision"] == "allowed")
+        allowed = {data["sequence"] for data in decided if data["decision"] == "allowed"}
         finished = Counter(event["data"]["sequence"] for event in _of(events, "tool.finished"))
-        if allowed != finished or any(times != 1 for times in allowed.values()):
+        if allowed != finished.keys() or any(times != 1 for times in finished.values()):
             yield f"{run_id}: allowed {allowed}, finished {finished}"
 
 
@@ -183,16 +197,18 @@ def chains_verify(evidence: Evidence) -> Iterator[str]:
 
 def usage_agrees(evidence: Evidence) -> Iterator[str]:
     """Usage counts each run that began once, and no token less than the record; more only where a run was cut off."""
+    repeated = _repeated(evidence)
     for tenant_id, rows in evidence.usage.items():
         begun = {event["run_id"] for event in _of(evidence.events[tenant_id], "run.started")}
         ends = [event for event in _of(evidence.events[tenant_id], "run.finished") if event["run_id"] in begun]
+        resumed = {_user_of(evidence, event) for event in _of(evidence.events[tenant_id], "run.resumed")}
         counted = {row["user_id"]: row for row in rows}
         for user_id in counted.keys() | {_user_of(evidence, event) for event in ends}:
             own = [event["data"] for event in ends if _user_of(evidence, event) == user_id]
             row = counted.get(user_id, {"runs": 0, "input_tokens": 0, "output_tokens": 0})
             tokens = sum(data.get("input_tokens", 0) + data.get("output_tokens", 0) for data in own)
             used = row["input_tokens"] + row["output_tokens"]
-            is_cut = any(data["state"] != "succeeded" for data in own)
+            is_cut = any(data["state"] != "succeeded" for data in own) or user_id in repeated | resumed
             if row["runs"] != len(own) or used < tokens or (used > tokens and not is_cut):
                 yield f"{user_id}: {row}, recorded {len(own)} runs, {tokens} tokens"
 
@@ -203,6 +219,7 @@ def usage_of_tools_agrees(evidence: Evidence) -> Iterator[str]:
         decided = Counter(
             (event["data"]["tool"], event["data"]["decision"])
             for event in _of(evidence.events[tenant_id], "tool.decided")
+            if event["data"]["decision"] != "waiting"  # which is followed by another
         )
         counted = Counter({(row["tool"], said): row[said] for row in rows for said in ("allowed", "denied")})
         if +counted != decided:
@@ -221,9 +238,10 @@ def concurrency_holds(evidence: Evidence) -> Iterator[str]:
     """The model never saw more runs of a tenant at once than its policy allows, over all processes together."""
     tenants = {asked.nonce: asked.tenant_id for asked in evidence.asked}
     steps = [
-        (at, change, tenants[nonce])
-        for nonce, (first, last) in evidence.spans.items()
-        for at, change in ((first, 1), (last, -1))
+        (at, change, tenants[turn.nonce])
+        for turn in evidence.turns
+        if turn.nonce in tenants
+        for at, change in ((turn.came, 1), (turn.ended or turn.came, -1))
     ]
     under_way: Counter[str] = Counter()
     for at, change, tenant_id in sorted(steps):
@@ -232,7 +250,7 @@ def concurrency_holds(evidence: Evidence) -> Iterator[str]:
             yield f"{tenant_id}: {under_way[tenant_id]} at {at}"
 
 
-CLAIMS: Final[tuple[Callable[[Evidence], Iterator[str]], ...]] = (
+CLAIMS: Final[tuple[Claim, ...]] = (
     answers_are_clear,
     refusals_are_recorded,
     answered_is_recorded,
@@ -275,12 +293,29 @@ def _seconds(event: Event) -> float:
     return datetime.fromisoformat(event["at"]).timestamp()
 
 
-def _decisions(asked: Asked) -> Counter[tuple[str, str]]:
-    return Counter((f"journal__{tool}", "allowed" if tool == "record" else "denied") for tool in asked.tools)
+def _repeated(evidence: Evidence) -> set[str]:
+    """Users for whom the model was asked for a turn again: by a retry, or since a process died with its answer."""
+    times = Counter((turn.nonce, turn.made) for turn in evidence.turns)
+    senders = {asked.nonce: asked.user_id for asked in evidence.asked}
+    return {senders[nonce] for (nonce, _), count in times.items() if count > 1 and nonce in senders}
+
+
+def _decisions(asked: Asked) -> Counter[str]:
+    return Counter(f"journal__{tool}" for tool in asked.tools)
+
+
+def _is_plain(asked: Asked, found: Counter[str]) -> bool:
+    """No approval, no cancel, and nothing died: a background run is taken up once."""
+    is_once = (asked.end or {}).get("attempt", 1) <= 1
+    return is_once and "sign" not in asked.tools and not asked.is_cancelled and "run.resumed" not in found
 
 
 def _expected(asked: Asked) -> Counter[str]:
     if asked.status == _REFUSED_QUERY:
         return Counter(_REFUSED)
-    calls = {"tool.decided": len(asked.tools), "tool.finished": asked.tools.count("record")}
-    return +Counter({**_REFUSED, "run.started": 1, **calls})
+    # What waited in the queue is screened once more, by the policy that holds when it begins.
+    queued = {"run.queued": 1, "query.screened": 2} if asked.kind is Kind.BACKGROUND else {}
+    if "sign" in asked.tools:
+        return Counter({**_REFUSED, "run.started": 1})
+    calls = {"tool.decided": len(asked.tools), "tool.finished": len(asked.tools) - asked.tools.count("erase")}
+    return +Counter({**_REFUSED, "run.started": 1, **calls, **queued})

@@ -1,4 +1,4 @@
-"""One plant for the tests of the folder: two processes that share a Postgres, and count requests together in Valkey."""
+"""One plant for the tests of the folder: two processes that serve, two that work, and all that these need."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ from tests.limits.storage import Storage
 async def plant(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
     folder = tmp_path_factory.mktemp("plant")
     with Storage(folder) as storage:
-        async with running_plant(folder, LIMITS_URL=storage.url, REPLICAS="2") as running:
+        async with running_plant(folder, workers=2, storage=storage) as running:
             yield running

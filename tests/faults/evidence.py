@@ -1,31 +1,36 @@
-"""What is there after the kills, seen from outside: what the API says, and what the tool servers wrote themselves."""
+"""What is there after it all, seen from outside: what the API says, what tool servers wrote, what the model saw."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tests.faults import scripted_model as model
-from tests.faults.ledger import Asked, Customer, Load, Made
+from tests.faults.customers import JOURNAL, Customer
+from tests.faults.ledger import Asked, Decided, Ledger, Made
+from tests.faults.load import Load
 from tests.runs.faults import TERMINAL
 from tests.service import Client
 
-# Beyond the lease: the reaper looks once a second, and a machine may be busy.
-_REAPED_WITHIN_S: Final = 15
+# Beyond the lease and the time after which a worker counts as dead, and a machine may be busy.
+_ENDED_WITHIN_S: Final = 30
 _SEALED_WITHIN_S: Final = 10
+_AT_ONCE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Effect:
-    """A line that a tool server wrote when it acted."""
+class Line:
+    """What a tool server wrote when a call came, or when it acted."""
 
+    moment: str
     tool: str
     nonce: str
     note: str
+    key: str
     at: float
 
 
@@ -33,56 +38,114 @@ class Effect:
 class Evidence:
     """All of it; what is by run has the nonce of the run's query beside it."""
 
-    asked: list[Asked]
-    made: list[Made]
-    events: dict[str, list[dict[str, Any]]]
-    states: dict[str, str]
-    nonces: dict[str, str]
-    effects: list[Effect]
-    users: dict[str, list[str]]
-    chains: dict[str, list[dict[str, Any]]]
-    audit_keys: Mapping[str, str]
-    usage: dict[str, list[dict[str, Any]]]
-    calls: dict[str, list[dict[str, Any]]]
+    ledger: Ledger
     limits: Mapping[str, Mapping[str, Any]]
-    spans: Mapping[str, tuple[float, float]]
+    audit_keys: Mapping[str, str]
+    turns: Sequence[model.Turn]
+    letters: Sequence[tuple[str, str]]
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nonces: dict[str, str] = field(default_factory=dict)
+    run_events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    approvals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    users: dict[str, list[str]] = field(default_factory=dict)
+    chains: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    usage: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
-    def runs(self) -> dict[str, str]:
+    def asked(self) -> list[Asked]:
+        """All queries."""
+        return self.ledger.asked
+
+    @property
+    def made(self) -> list[Made]:
+        """All users that somebody wanted."""
+        return self.ledger.made
+
+    @property
+    def decided(self) -> list[Decided]:
+        """All that was said of approvals."""
+        return self.ledger.decided
+
+    @property
+    def effects(self) -> list[Line]:
+        """The lines of what was done."""
+        return [line for line in self.lines if line.moment == "acted"]
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Where each run is."""
+        return {run_id: run["status"] for run_id, run in self.runs.items()}
+
+    @property
+    def run_ids(self) -> dict[str, str]:
         """The run of each nonce, for those that have one."""
         return {nonce: run_id for run_id, nonce in self.nonces.items()}
 
 
-async def no_run_is_left(customers: list[Customer]) -> None:
-    """Wait until each run has ended; after the lease and some patience, none may be left."""
-    deadline = time.monotonic() + _REAPED_WITHIN_S
+async def no_run_is_left(customers: Sequence[Customer]) -> None:
+    """Wait until each run has ended; after some patience, none may be left."""
+    deadline = time.monotonic() + _ENDED_WITHIN_S
     for customer in customers:
         while left := [run for run in await pages(customer.admin, "/v1/runs") if run["status"] not in TERMINAL]:
             assert time.monotonic() < deadline, left
             await asyncio.sleep(0.2)
 
 
-async def gathered(
-    load: Load, spans: Mapping[str, tuple[float, float]], *, sealed_within_s: float = _SEALED_WITHIN_S
-) -> Evidence:
+async def gathered(work: Load, *, sealed_within_s: float = _SEALED_WITHIN_S) -> Evidence:
     """Ask for all that there is to see."""
-    nonces = {asked.body["run_id"]: asked.nonce for asked in load.asked if "run_id" in asked.body}
-    keys = (await load.customers[0].auditor.get("/.well-known/bulkhead-audit-keys.json")).json()["keys"]
-    limits = {customer.id: customer.limit for customer in load.customers}
-    found = Evidence(load.asked, load.made, {}, {}, nonces, [], {}, {}, keys, {}, {}, limits, dict(spans))
-    for customer in load.customers:
-        for run in await pages(customer.admin, "/v1/runs"):
-            found.states[run["run_id"]] = run["status"]
-            if run["run_id"] not in nonces:
-                detail = (await customer.users[run["user_id"]].get(f"/v1/runs/{run['run_id']}")).json()
-                nonces[run["run_id"]] = model.nonce_of(detail["query"])
-        found.effects.extend(await _journal(customer))
+    keys = (await work.customers[0].auditor.get("/.well-known/bulkhead-audit-keys.json")).json()["keys"]
+    limits = {customer.id: customer.limit for customer in work.customers}
+    found = Evidence(work.ledger, limits, keys, list(work.plant.model.turns), list(work.plant.letterbox.letters))
+    found.nonces = {asked.run_id: asked.nonce for asked in work.ledger.asked if asked.run_id}
+    for customer in work.customers:
+        await _runs(found, work.ledger, customer)
+        await _approvals(found, work.ledger, customer)
+        found.lines.extend(await _journal(customer))
         found.users[customer.id] = [user["name"] for user in await pages(customer.admin, "/v1/users")]
         found.usage[customer.id] = await pages(customer.auditor, "/v1/usage", group_by="user")
         found.calls[customer.id] = await pages(customer.auditor, "/v1/usage", group_by="tool")
         found.events[customer.id] = await _events(customer, sealed_within_s=sealed_within_s)
         found.chains[customer.id] = await _chain(customer)
     return found
+
+
+async def _runs(found: Evidence, ledger: Ledger, customer: Customer) -> None:
+    """Each run, and what its user is shown of it."""
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def look(run: dict[str, Any]) -> None:
+        run_id, user = run["run_id"], customer.users[run["user_id"]]
+        async with places:
+            answer = await user.get(f"/v1/runs/{run_id}")
+            ledger.saw(customer.id, answer.text)
+            found.runs[run_id] = answer.json()
+            found.nonces.setdefault(run_id, model.nonce_of(answer.json()["query"]))
+            found.run_events[run_id] = await _run_events(user, run_id)
+            ledger.saw(customer.id, json.dumps(found.run_events[run_id]))
+
+    async with asyncio.TaskGroup() as group:
+        for run in await pages(customer.admin, "/v1/runs"):
+            group.create_task(look(run))
+
+
+async def _run_events(user: Client, run_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while True:
+        answer = await user.get(f"/v1/runs/{run_id}/events", params={"limit": 200, "after": len(found)})
+        assert answer.is_success, answer.text
+        items = answer.json()["items"]
+        found += items
+        if not items:
+            return found
+
+
+async def _approvals(found: Evidence, ledger: Ledger, customer: Customer) -> None:
+    for item in await pages(customer.admin, "/v1/approvals"):
+        found.approvals[item["id"]] = item
+        ledger.saw(customer.id, json.dumps(item))
 
 
 async def _events(customer: Customer, *, sealed_within_s: float) -> list[dict[str, Any]]:
@@ -101,11 +164,14 @@ async def _chain(customer: Customer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
-async def _journal(customer: Customer) -> list[Effect]:
-    answer = await customer.admin.get("/v1/workspaces/notes/files/journal.txt")
+async def _journal(customer: Customer) -> list[Line]:
+    answer = await customer.admin.get(JOURNAL)
     assert answer.is_success, answer.text
-    lines = (line.split() for line in answer.text.splitlines())
-    return [Effect(tool, note.partition("-")[0], note, float(at)) for tool, note, at in lines]
+    return [_line(*line.split()) for line in answer.text.splitlines()]
+
+
+def _line(moment: str, tool: str, note: str, key: str, at: str) -> Line:
+    return Line(moment, tool, note.partition("-")[0], note, key, float(at))
 
 
 async def pages(client: Client, path: str, **query: str) -> list[dict[str, Any]]:

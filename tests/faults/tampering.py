@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from tests.faults import claims
+from tests.faults import run_claims
+from tests.faults.customers import JOURNAL
 from tests.faults.evidence import Evidence
-from tests.faults.ledger import Asked, Load
+from tests.faults.ledger import Asked, Kind
+from tests.faults.load import Load
 from tests.faults.plant import Plant
 
-_JOURNAL: Final = "/v1/workspaces/notes/files/journal.txt"
 _DELETE: Final = text("delete from audit_events where id = :id")
 _EDIT: Final = text("update audit_events set body = :body where id = :id")
 _COPY: Final = text(
@@ -24,7 +25,7 @@ _COPY: Final = text(
     " from audit_events where id = :id"
 )
 _USED: Final = (
-    ("usage_agrees", "update usage_models set runs = runs + 1 where user_id = :subject"),
+    ("usage_agrees", "update usage_models set runs = runs + 100 where user_id = :subject"),
     ("usage_of_tools_agrees", "update usage_tools set allowed = allowed + 1 where tenant_id = :subject"),
     ("budgets_hold", "update usage_models set input_tokens = input_tokens + 100000 where tenant_id = :subject"),
 )
@@ -59,13 +60,14 @@ async def superuser(plant: Plant) -> AsyncIterator[AsyncConnection]:
 
 def _answered(evidence: Evidence) -> Iterator[Asked]:
     """Queries that were answered after a call that acted; each is broken in one way only."""
-    return (asked for asked in evidence.asked if asked.status == 200 and "record" in asked.tools)
+    known = (asked for asked in evidence.asked if asked.state == "succeeded" and asked.kind is Kind.QUERY)
+    return (asked for asked in known if "record" in asked.tools)
 
 
 def _event(evidence: Evidence, asked: Asked, kind: str) -> dict[str, Any]:
     for event in evidence.events[asked.tenant_id]:
         is_denial = event["data"].get("decision") == "denied"  # which no effect needs
-        if (event["run_id"], event["type"]) == (asked.body["run_id"], kind) and not is_denial:
+        if (event["run_id"], event["type"]) == (asked.run_id, kind) and not is_denial:
             return event
     raise AssertionError(f"{asked} has no {kind}")
 
@@ -78,7 +80,7 @@ async def break_record(plant: Plant, evidence: Evidence) -> list[Break]:
         asked = next(runs)
         end = _event(evidence, asked, "run.finished")
         await connection.execute(_COPY, {"id": end["id"]})
-        done.append(Break("a second end", "runs_end_once", asked.body["run_id"]))
+        done.append(Break("a second end", "runs_end_once", str(asked.run_id)))
         done.append(Break("an event beside the chain", "events_are_chained", end["id"]))
         asked = next(runs)
         end = _event(evidence, asked, "run.finished")
@@ -97,7 +99,7 @@ async def break_record(plant: Plant, evidence: Evidence) -> list[Break]:
 async def _deleted(connection: AsyncConnection, evidence: Evidence, asked: Asked, *, kind: str) -> Break:
     await connection.execute(_DELETE, {"id": _event(evidence, asked, kind)["id"]})
     claim = _SEEN_MISSING[kind]
-    return Break(f"deleted {kind}", claim, asked.body["run_id"] if claim.endswith("_once") else asked.nonce)
+    return Break(f"deleted {kind}", claim, str(asked.run_id) if claim.endswith("_once") else asked.nonce)
 
 
 async def _used(connection: AsyncConnection, evidence: Evidence) -> list[Break]:
@@ -119,31 +121,15 @@ async def break_journal(work: Load, evidence: Evidence) -> list[Break]:
     """In what the tool servers wrote: an effect more, and one less."""
     twice, never = list(_answered(evidence))[-2:]
     done = [Break("an effect more", "effects_were_decided", twice.nonce)]
-    done.append(Break("an effect less", "successes_had_an_effect", never.body["run_id"]))
+    done.append(Break("an effect more", "keys_act_once", str(twice.run_id)))
+    done.append(Break("a call more", "calls_in_doubt_are_not_repeated", twice.nonce))
+    done.append(Break("an effect less", "successes_had_an_effect", str(never.run_id)))
     for customer in work.customers:
-        lines = (await customer.admin.get(_JOURNAL)).text.splitlines()
+        lines = (await customer.admin.get(JOURNAL)).text.splitlines()
         lines += [line for line in lines if customer.id == twice.tenant_id and twice.nonce in line]
         kept = [line for line in lines if never.nonce not in line]
         await customer.admin.put_file("journal.txt", "\n".join(kept) + "\n", workspace="notes")
     return done
-
-
-def break_ledger(evidence: Evidence) -> Iterator[tuple[Break, Evidence]]:
-    """In what was seen, where neither a superuser nor a tool server could do it."""
-    asked = next(_answered(evidence))
-    unclear = [replace(other, status=500) if other is asked else other for other in evidence.asked]
-    yield Break("answered with 500", "answers_are_clear", asked.nonce), replace(evidence, asked=unclear)
-    refused = replace(asked, status=429, body=asked.body | {"code": "budget_exhausted"})
-    told = [refused if other is asked else other for other in evidence.asked]
-    yield Break("told of a budget", "refusals_are_recorded", asked.nonce), replace(evidence, asked=told)
-    one = next(tenant_id for tenant_id, limit in evidence.limits.items() if limit.get("concurrent_runs") == 1)
-    spans = {other.nonce: (0.0, 1.0) for other in evidence.asked if other.tenant_id == one}
-    yield Break("all runs at once", "concurrency_holds", one), replace(evidence, spans=spans)
-    nonces = dict(evidence.nonces) | {asked.body["run_id"]: "of-nobody"}
-    yield Break("a run of nobody", "queries_begin_once", asked.body["run_id"]), replace(evidence, nonces=nonces)
-    event = evidence.events[asked.tenant_id][0]
-    events = {**evidence.events, "again": [event]}
-    yield Break("an event twice", "events_are_unique", event["id"]), replace(evidence, events=events)
 
 
 def unseen(breaks: list[Break], found: dict[str, list[str]]) -> list[Break]:
@@ -153,4 +139,4 @@ def unseen(breaks: list[Break], found: dict[str, list[str]]) -> list[Break]:
 
 def untried(breaks: list[Break]) -> set[str]:
     """The claims that nothing was broken for."""
-    return {claim.__name__ for claim in claims.CLAIMS} - {made.claim for made in breaks}
+    return {claim.__name__ for claim in run_claims.CLAIMS} - {made.claim for made in breaks}

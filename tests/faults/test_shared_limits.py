@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.faults import scripted_model as model
-from tests.faults.ledger import Customer, customers
+from tests.faults.customers import Customer, customers
 from tests.faults.plant import Plant, running_plant
 
 _ONE_CALL = (("record",),)
@@ -33,8 +33,11 @@ def codes(answers: Iterable[httpx.Response]) -> Counter[str]:
 
 def at_once(plant: Plant, name: str) -> int:
     """How many runs of these queries the model has seen at once."""
-    spans = [span for nonce, span in plant.model.spans.items() if nonce.startswith(name)]
-    steps = sorted([(first, 1) for first, _ in spans] + [(last, -1) for _, last in spans])
+    spans: dict[str, tuple[float, float]] = {}
+    for turn in plant.model.turns:
+        if turn.nonce.startswith(name) and turn.ended is not None:
+            spans[turn.nonce] = spans.get(turn.nonce, (turn.came, 0))[0], turn.ended
+    steps = sorted([(first, 1) for first, _ in spans.values()] + [(last, -1) for _, last in spans.values()])
     under_way = most = 0
     for _, change in steps:
         under_way += change
@@ -51,7 +54,7 @@ async def made(plant: Plant) -> AsyncIterator[Sequence[Customer]]:
         {"tokens_per_day": 30_000},
         {"concurrent_runs": 100, "user_concurrent_runs": 100},
     )
-    async with customers(plant.addresses, plant.platform_key, limits, users=2) as found:
+    async with customers(plant, limits, users=2) as found:
         yield found
 
 
@@ -85,6 +88,6 @@ async def test_without_a_shared_storage_two_processes_count_by_themselves(tmp_pa
     limits = [{"requests": "10/minute", "tenant_requests": "15/minute"}]
     async with (
         running_plant(tmp_path) as plant,
-        customers(plant.addresses, plant.platform_key, limits, users=2) as (rated,),
+        customers(plant, limits, users=2) as (rated,),
     ):
         assert codes(await flood(plant, rated, 60, name="apart"))[""] == 30

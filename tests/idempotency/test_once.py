@@ -8,10 +8,12 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.idempotency.once import forget_expired
+from tests.routes import Operation, operations
 from tests.service import POLICY, Client, Service, Tenant
 
 
@@ -30,6 +32,8 @@ async def keyed(client: Client, path: str, key: str, **body: Any) -> httpx.Respo
 
 # What is said of this very request, and not of what it made.
 _OF_THE_REQUEST: Final = ("x-request-id", "date", "ratelimit-", "x-ratelimit-", "traceparent")
+_ALIASES: Final = {"/query": "/v1/query"}
+_OF_A_DRAFT: Final = ("backtest", "check", "dry-run")
 
 
 def same(first: httpx.Response, second: httpx.Response) -> bool:
@@ -121,28 +125,71 @@ async def test_a_caller_who_may_no_longer_is_not_told_again(service: Service, te
     assert (await keyed(admin, "/v1/keys", "k-5", json=body)).status_code == 403
 
 
+# What makes nothing that a second time would make more of, and why.
+_SAYS_WHAT_SHALL_BE: Final = {
+    *(f"/v1/tenants/{{tenant_id}}/{change}" for change in ("disable", "enable", "erase")),
+    *(f"/v1/users/{{user_id}}/{change}" for change in ("disable", "enable", "erase")),
+    *(f"/v1/quarantines/{{quarantine_id}}/{change}" for change in ("accept", "dismiss")),
+    "/v1/runs/{run_id}/cancel",
+}
+_LOOKS: Final = {f"/v1/policies/{what}" for what in ("validate", *(f"{{version}}/{at}" for at in _OF_A_DRAFT))}
+# Waits for a run of its own; tests/runs/test_approvals.py sends these again.
+_OF_AN_APPROVAL: Final = {f"/v1/approvals/{{approval_id}}/{ruling}" for ruling in ("approve", "deny")}
+
+
+def posts(app: FastAPI) -> dict[str, bool]:
+    """Every POST, and whether it takes a key."""
+    described = app.openapi()["paths"]
+    found = {}
+    for operation in operations(app):
+        if operation.method == "POST":
+            parameters = described[_ALIASES.get(operation.path, operation.path)]["post"].get("parameters", [])
+            found[operation.path] = any(each["name"].lower() == "idempotency-key" for each in parameters)
+    return found
+
+
 async def test_every_route_that_makes_something_takes_a_key(service: Service, tenant: Tenant) -> None:
     issuer = {"issuer": f"https://{secrets.token_hex(8)}.example", "jwks_uri": "https://keys.example/jwks"}
     key = (await tenant.admin.make("/v1/keys", json={"user_id": tenant.user_id, "name": "n"}))["id"]
     switch = {"scope": "server", "target": "docs", "reason": "r"}
-    requests: list[tuple[Client, str, dict[str, Any]]] = [
-        (service.platform, "/v1/tenants", {"json": {"slug": f"t-{secrets.token_hex(8)}"}}),
-        (service.platform, f"/v1/tenants/{tenant.id}/users", {"json": user()}),
-        (service.platform, f"/v1/tenants/{tenant.id}/keys", {"json": {"user_id": tenant.user_id, "name": "n"}}),
-        (tenant.admin, f"/v1/keys/{key}/rotate", {"json": {}}),
-        (tenant.admin, "/v1/issuers", {"json": issuer}),
-        (tenant.admin, "/v1/policies", {"content": POLICY.encode()}),
-        (tenant.admin, "/v1/policies/1/publish", {}),
-        (tenant.admin, "/v1/policies", {"content": f"{POLICY}# again\n".encode()}),
-        (tenant.admin, "/v1/policies/2/publish", {"json": {"revoke_running": True}}),
-        (tenant.admin, "/v1/policies/rollback", {}),
-        (tenant.admin, "/v1/switches", {"json": switch}),
+    model = {"base_url": "https://models.example/v1", "models": ["m"], "credential": "sk-" + "x" * 20}
+    of_tenant = {"tenant_id": tenant.id}
+    requests: list[tuple[Client, str, dict[str, str], dict[str, Any]]] = [
+        (service.platform, "/v1/tenants", {}, {"json": {"slug": f"t-{secrets.token_hex(8)}"}}),
+        (service.platform, "/v1/tenants/{tenant_id}/users", of_tenant, {"json": user()}),
+        (service.platform, "/v1/tenants/{tenant_id}/keys", of_tenant, {"json": named(tenant)}),
+        (service.platform, "/v1/platform/models", {}, {"json": model | {"name": f"m-{secrets.token_hex(4)}"}}),
+        (tenant.admin, "/v1/users", {}, {"json": user()}),
+        (tenant.admin, "/v1/keys", {}, {"json": named(tenant)}),
+        (tenant.admin, "/v1/keys/{key_id}/rotate", {"key_id": key}, {"json": {}}),
+        (tenant.admin, "/v1/issuers", {}, {"json": issuer}),
+        (tenant.admin, "/v1/policies", {}, {"content": POLICY.encode()}),
+        (tenant.admin, "/v1/policies/{version}/publish", {"version": "1"}, {}),
+        (tenant.admin, "/v1/policies", {}, {"content": f"{POLICY}# again\n".encode()}),
+        (tenant.admin, "/v1/policies/{version}/publish", {"version": "2"}, {"json": {"revoke_running": True}}),
+        (tenant.admin, "/v1/policies/rollback", {}, {}),
+        (tenant.user, "/query", {}, {"json": {"query": "hello"}}),
+        (tenant.user, "/v1/query", {}, {"json": {"query": "hello"}}),
+        (tenant.user, "/v1/runs", {}, {"json": {"query": "hello"}}),
+        (tenant.user, "/v1/conversations", {}, {"json": {}}),
+        (tenant.admin, "/v1/switches", {}, {"json": switch}),
     ]
-    for client, path, body in requests:
-        once = secrets.token_hex(4)
-        first = await keyed(client, path, once, **body)
+    for client, path, values, body in requests:
+        once, url = secrets.token_hex(4), Operation("POST", path).url(values)
+        first = await keyed(client, url, once, **body)
         assert first.is_success, (path, first.text)
-        assert same(first, await keyed(client, path, once, **body)), path
+        assert same(first, await keyed(client, url, once, **body)), path
+    taking = {path for path, takes_one in posts(service.app).items() if takes_one}
+    assert taking - {path for _, path, _, _ in requests} == _OF_AN_APPROVAL
+
+
+def test_every_other_post_makes_nothing(service: Service) -> None:
+    none = {path for path, takes_one in posts(service.app).items() if not takes_one}
+    assert none == _SAYS_WHAT_SHALL_BE | _LOOKS
+
+
+def named(tenant: Tenant) -> dict[str, str]:
+    return {"user_id": tenant.user_id, "name": "n"}
 
 
 @pytest.mark.parametrize("key", ["", "with space", "x" * 256])

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.errors import Unavailable
-from app.limits.queue import Busy, RunQueue, TooManyRuns
+from app.limits.queue import Ahead, Busy, ConversationBusy, RunQueue, TooManyRuns
 
 _ONE, _TWO, _THREE = UUID(int=1), UUID(int=2), UUID(int=3)
 _ANN, _BEN = UUID(int=11), UUID(int=12)
@@ -177,6 +177,76 @@ async def test_who_waits_too_long_is_refused_and_keeps_nothing() -> None:
     await run
     async with asyncio.timeout(1), tenants.run(_TWO):
         pass
+
+
+class Threads:
+    """What Postgres would say of conversations: each has one run under way."""
+
+    def __init__(self, queue: RunQueue) -> None:
+        self.queue = queue
+        self.under_way: set[UUID] = set()
+        self.begun: list[str] = []
+        self.is_long = False
+
+    def started(self, name: str, thread: UUID, *, until: asyncio.Event) -> asyncio.Task[None]:
+        async def begin() -> Busy | None:
+            await asyncio.sleep(0)
+            if thread in self.under_way:
+                return Busy(of_user=True, ahead=Ahead(thread, UUID(int=7), is_long=self.is_long))
+            self.under_way.add(thread)
+            self.begun.append(name)
+            return None
+
+        async def go() -> None:
+            async with self.queue.turn(uuid4(), tenant_id=_ONE, user_id=_ANN, begin=begin):
+                await until.wait()
+                self.under_way.remove(thread)
+
+        return asyncio.create_task(go())
+
+
+async def test_who_waits_for_a_conversation_keeps_nothing_else_of_its_user_waiting() -> None:
+    threads, end, at_once = Threads(_queue(places=9)), asyncio.Event(), asyncio.Event()
+    at_once.set()
+    long = [threads.started("first", _ONE, until=end)]
+    await _settled()
+    long += [threads.started(f"behind {n}", _ONE, until=at_once) for n in range(3)]
+    await _settled()
+    await asyncio.wait_for(threads.started("elsewhere", _TWO, until=at_once), 1)
+    assert threads.begun == ["first", "elsewhere"]
+    end.set()
+    await asyncio.wait_for(asyncio.gather(*long), 5)
+    assert threads.begun == ["first", "elsewhere", "behind 0", "behind 1", "behind 2"]
+
+
+async def test_a_user_at_its_limit_keeps_its_own_waiting_in_turn() -> None:
+    """The control of the one above: whom no conversation keeps waiting, nobody overtakes."""
+    tenants, end = Tenants(_queue(places=9), of_user=1), asyncio.Event()
+    first = tenants.started(_ONE, until=end)
+    await _settled()
+    second = tenants.started(_ONE, until=end)
+    await _settled()
+    asked = tenants.asked
+    third = tenants.started(_ONE, until=end)
+    await _settled()
+    assert (tenants.asked, len(tenants.begun)) == (asked, 1)
+    end.set()
+    await asyncio.gather(first, second, third)
+
+
+@pytest.mark.parametrize(("is_long", "wait_s"), [(False, 0.3), (True, 30)])
+async def test_who_waits_for_a_conversation_in_vain_is_told_for_what(*, is_long: bool, wait_s: float) -> None:
+    threads, end = Threads(_queue(places=9, wait_s=wait_s)), asyncio.Event()
+    first = threads.started("first", _ONE, until=end)
+    await _settled()
+    threads.is_long, began = is_long, asyncio.get_running_loop().time()
+    with pytest.raises(ConversationBusy) as refused:
+        await threads.started("in vain", _ONE, until=end)
+    took_s = asyncio.get_running_loop().time() - began
+    assert took_s < wait_s if is_long else took_s >= wait_s
+    assert (refused.value.status, refused.value.extra) == (409, {"run_id": str(UUID(int=7))})
+    end.set()
+    await first
 
 
 async def test_a_client_that_goes_while_it_waits_begins_nothing() -> None:

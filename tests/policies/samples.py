@@ -50,6 +50,7 @@ def document_text(
     *,
     allow: Iterable[str] = (),
     deny: Iterable[str] = (),
+    approve: Iterable[str] = (),
     rules: str = "",
     overrides: Sequence[Mapping[str, Any]] = (),
     **sections: Mapping[str, Any],
@@ -63,6 +64,7 @@ servers:
 tools:
   allow: {list(allow)}
   deny: {list(deny)}
+  approve: {list(approve)}
   rules: |
     {indented}
 overrides: {json.dumps(overrides)}
@@ -74,11 +76,12 @@ def policy(
     *,
     allow: Iterable[str] = (),
     deny: Iterable[str] = (),
+    approve: Iterable[str] = (),
     rules: str = "",
     overrides: Sequence[Mapping[str, Any]] = (),
     schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS,
 ) -> CompiledPolicy:
-    text = document_text(allow=allow, deny=deny, rules=rules, overrides=overrides)
+    text = document_text(allow=allow, deny=deny, approve=approve, rules=rules, overrides=overrides)
     return compile_policy(parse(text), pinned(schemas))
 
 

@@ -60,15 +60,13 @@ async def test_ten_faults_give_ten_errors_each_with_its_place(tenant: Tenant) ->
 @pytest.mark.parametrize(
     ("section", "path", "message"),
     [
-        ("tools: {approve: [docs__read_file]}", "/tools/approve", "not enforced yet"),
+        ("tools: {permit: [docs__read_file]}", "/tools/permit", "not a known key"),
         ("servers: {web: {template: nope}}", "/servers/web/template", "must be one of"),
         ("limits: {max_stepz: 2}", "/limits/max_stepz", "not a known key"),
         ("egress: {allow: all}", "/egress", "not a known key"),
     ],
 )
-async def test_a_key_that_nothing_enforces_is_refused_by_its_name(
-    tenant: Tenant, section: str, path: str, message: str
-) -> None:
+async def test_a_key_that_is_none_is_refused_by_its_name(tenant: Tenant, section: str, path: str, message: str) -> None:
     faults = await refused(tenant, f"schema: bulkhead/1\n{section}\n")
     assert message in faults[path]
 

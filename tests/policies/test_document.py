@@ -15,6 +15,8 @@ schema: bulkhead/1
 model: {use: default, name: gpt-4.1-mini, temperature: 0}
 instructions: You answer from the tenant's documents.
 limits: {max_steps: 30, timeout_s: 60, max_tool_calls: 40, requests: 5/second}
+approvals: {expires_s: 3600, self_approval: false}
+conversations: {window_tokens: 4000, retention_days: 30}
 input: {preset: off, max_length: 4000, block: ["(?i)internal-only"], flag: [secret]}
 servers:
   docs: {template: filesystem, root: docs, readonly: false, max_file_size: 512KB, allowed_extensions: [.txt, .md]}
@@ -22,6 +24,8 @@ servers:
 tools:
   allow: [docs__*]
   deny: ["*__delete*"]
+  approve: [docs__write_file]
+  idempotent: [docs__write_file]
   rules: |
     forbid (principal, action == Action::"docs__write_file", resource);
 """
@@ -64,6 +68,7 @@ def test_every_key_is_read() -> None:
     assert (server.root, server.readonly, server.max_file_size) == ("docs", False, 512 * 1024)
     assert server.allowed_extensions == (".txt", ".md")
     assert policy.tools.deny == ("*__delete*",)
+    assert policy.tools.approve == policy.tools.idempotent == ("docs__write_file",)
     assert policy.tools.rules.startswith("forbid")
     assert site_of(FULL).allowed_hosts == ("docs.example.com", "api.example.com:8443")
     assert site_of(FULL).max_response_size == 2 * 1024 * 1024
@@ -77,6 +82,19 @@ def test_defaults_are_the_guides() -> None:
     assert (server.readonly, server.max_file_size) == (True, 10 * 1024 * 1024)
     assert server.allowed_extensions == (".txt", ".md", ".json", ".py")
     assert policy.tools.allow == ()
+
+
+def test_calls_wait_a_day_and_conversations_are_kept_a_quarter_unless_it_says_otherwise() -> None:
+    policy = parse("schema: bulkhead/1")
+    assert (policy.approvals.expires_s, policy.approvals.self_approval) == (86_400, True)
+    assert (policy.conversations.window_tokens, policy.conversations.retention_days) == (8_000, 90)
+    policy = parse(
+        with_section(
+            "approvals: {expires_s: 60, self_approval: false}\nconversations: {window_tokens: 0, retention_days: 3650}"
+        )
+    )
+    assert (policy.approvals.expires_s, policy.approvals.self_approval) == (60, False)
+    assert (policy.conversations.window_tokens, policy.conversations.retention_days) == (0, 3_650)
 
 
 @pytest.mark.parametrize("level", ["tenant", "user", "run"])
@@ -114,7 +132,6 @@ tools: {allow: ["docs__?"]}
 @pytest.mark.parametrize(
     ("section", "path", "message"),
     [
-        ("tools: {approve: [a__b]}", "/tools/approve", "approve is not enforced yet"),
         (site("allowed_hosts: [a.example], dsn: x"), "/servers/site/dsn", "dsn is a key of another template"),
         ("approve: [a__b]", "/approve", "approve is not a known key"),
         ("tools: {alow: []}", "/tools/alow", "alow is not a known key"),
@@ -122,7 +139,7 @@ tools: {allow: ["docs__?"]}
         ("a/b~c: 1", "/a~1b~0c", "a/b~c is not a known key"),
     ],
 )
-def test_a_key_that_nothing_enforces_is_refused_by_name(section: str, path: str, message: str) -> None:
+def test_a_key_that_is_none_is_refused_by_name(section: str, path: str, message: str) -> None:
     assert faults(with_section(section)) == {path: message}
 
 
@@ -192,6 +209,22 @@ def test_a_server_is_read_by_its_template(section: str, path: str, message: str)
         (f"input: {{flag: ['{'a' * 501}']}}", "/input/flag/0"),
         (f"input: {{flag: {['a'] * 51}}}", "/input/flag"),
         ("tools: {deny: ['docs__read file']}", "/tools/deny/0"),
+        ("tools: {approve: ['docs__re\u0430d']}", "/tools/approve/0"),
+        ("tools: {approve: ['docs__[rw]*']}", "/tools/approve/0"),
+        ("tools: {approve: docs__read}", "/tools/approve"),
+        ("tools:\n  approve:", "/tools/approve"),
+        ("tools: {idempotent: ['docs__?']}", "/tools/idempotent/0"),
+        ("servers: {docs: {template: filesystem, root: docs, stateful: 1}}", "/servers/docs/stateful"),
+        ("servers: {web: {template: browser, allowed_domains: [a.example], stateful: false}}", "/servers/web/stateful"),
+        ("approvals: {expires_s: 59}", "/approvals/expires_s"),
+        ("approvals: {expires_s: 604801}", "/approvals/expires_s"),
+        ("approvals: {self_approval: no}", "/approvals/self_approval"),
+        ("approvals: {self_approval: 'false'}", "/approvals/self_approval"),
+        ("approvals: {scope: all}", "/approvals/scope"),
+        ("conversations: {window_tokens: -1}", "/conversations/window_tokens"),
+        ("conversations: {window_tokens: 200001}", "/conversations/window_tokens"),
+        ("conversations: {retention_days: 0}", "/conversations/retention_days"),
+        ("conversations: {retention_days: 3651}", "/conversations/retention_days"),
         ("<<: {model: {use: x}}", "/<<"),
         ("? [a]\n: 1", ""),
     ],

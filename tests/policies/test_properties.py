@@ -1,10 +1,11 @@
-"""Properties of every policy: a deny never grants, order never matters, an override never widens, and what is said of
-a tool before a call holds for every call.
+"""Properties of every policy: a deny never grants, order never matters, an override never widens, an approval that is
+needed is needed for every call, and what is said of a tool before a call holds for every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ FITTING: Final[dict[str, list[dict[str, Any]]]] = {
     "bank__pay": [{"amount": 1}, {"amount": 11, "note": "x"}],
 }
 
+FEW: Final = [(tool, sent) for tool, all_sent in FITTING.items() for sent in all_sent]
 Property = Callable[..., None]
 
 
@@ -103,7 +105,7 @@ meant = st.one_of(
     st.fixed_dictionaries({"roles": st.lists(st.sampled_from(["user", "auditor"]), min_size=1, unique=True)}),
     st.just({"users": [ALICE]}),
 )
-narrower_tools = st.fixed_dictionaries({}, optional={"allow": globs, "deny": globs}).filter(bool)
+narrower_tools = st.fixed_dictionaries({}, optional={"allow": globs, "deny": globs, "approve": globs}).filter(bool)
 overrides = st.lists(
     st.builds(lambda whom, tools: {**whom, "tools": tools}, meant, narrower_tools), min_size=1, max_size=3
 )
@@ -165,20 +167,22 @@ def test_a_hidden_tool_is_denied_whatever_is_sent(
         assert decision.rule
 
 
-@holds_for(globs, globs, st.lists(statements, max_size=4), st.just([]) | overrides)
+@holds_for(globs, globs, globs, st.lists(statements, max_size=4), st.just([]) | overrides)
 def test_what_is_said_of_a_tool_beforehand_is_what_cedar_decides(
-    allow: list[str], deny: list[str], rules: list[str], narrower: list[dict[str, Any]]
+    allow: list[str], deny: list[str], approve: list[str], rules: list[str], narrower: list[dict[str, Any]]
 ) -> None:
     """Cedar is asked past the standing: a denied tool is denied, an allowed one allowed, for every caller."""
-    compiled = policy(allow=allow, deny=deny, rules="\n".join(rules), overrides=narrower)
+    compiled = policy(allow=allow, deny=deny, approve=approve, rules="\n".join(rules), overrides=narrower)
     for user, role in product(USERS, ROLES):
         for tool, standing in compiled.standings(user, role).items():
             for sent in FITTING[tool]:
                 request = ToolRequest(tool, sent, user_id=user, role=role)
                 kept = project(sent, compiled._tools[tool].arguments)
                 decision = _verdict(compiled._ask(request, tool.partition("__")[0], kept, compiled._policies))
-                if standing.access is not Access.CONDITIONAL:
-                    assert decision.allowed == (standing.access is Access.ALLOWED)
+                if not standing.is_conditional:
+                    assert decision.allowed == (standing.access is not Access.DENIED)
+                said = ask(compiled, tool, sent, user=user, role=role)
+                assert said.needs_approval == (decision.allowed and standing.access is Access.NEEDS_APPROVAL)
                 assert decision.rule in standing.rules or not decision.allowed
 
 
@@ -195,6 +199,50 @@ def test_a_narrower_override_never_widens(
     plain, narrow = policy(**base), policy(**base, overrides=some)
     _is_narrower(plain, narrow, asked)
     _is_narrower(narrow, policy(**base, overrides=[*some, *more]), asked)
+
+
+@holds_for(globs, globs, globs, st.lists(statements, max_size=3), st.just([]) | overrides, calls)
+def test_an_approval_lets_nothing_through_and_holds_just_what_would_be_allowed(
+    allow: list[str],
+    deny: list[str],
+    approve: list[str],
+    rules: list[str],
+    narrower: list[dict[str, Any]],
+    asked: Asked,
+) -> None:
+    """The same policy with its globs of `approve` in `allow`, and no override's, says what would be allowed at all."""
+    base: dict[str, Any] = {"deny": deny, "rules": "\n".join(rules)}
+    held = policy(**base, allow=allow, approve=approve, overrides=narrower)
+    bare = [each | {"tools": {"deny": [], **_without(each["tools"], "approve")}} for each in narrower]
+    free = policy(**base, allow=[*allow, *approve], overrides=bare)
+    for tool, role, user, sent in [
+        *asked,
+        *((tool, *who, sent) for who in [*product(ROLES, USERS)] for tool, sent in FEW),
+    ]:
+        decision, would_be = (ask(each, tool, sent, role=role, user=user) for each in (held, free))
+        meant = [each for each in narrower if role in each.get("roles", ()) or user in each.get("users", ())]
+        waits = any(
+            fnmatchcase(tool, glob)
+            for glob in [*approve, *(g for each in meant for g in each["tools"].get("approve", ()))]
+        )
+        assert bool(decision) == decision.allowed == (would_be.allowed and not waits)
+        assert decision.needs_approval == (would_be.allowed and waits)
+        assert decision or decision.needs_approval or decision == would_be
+    assert shown(held) == shown(free)
+
+
+def _without(tools: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: each for name, each in tools.items() if name != key}
+
+
+@holds_for(globs, globs, globs, st.lists(statements, max_size=3), st.sampled_from(GLOBS), calls)
+def test_adding_an_approval_never_allows_one_more_call_without_one(
+    allow: list[str], deny: list[str], approve: list[str], rules: list[str], glob: str, asked: Asked
+) -> None:
+    base: dict[str, Any] = {"allow": allow, "deny": deny, "rules": "\n".join(rules)}
+    before, after = policy(**base, approve=approve), policy(**base, approve=[*approve, glob])
+    pairs = zip(answers(before, asked), answers(after, asked), strict=True)
+    assert all(was or not now for was, now in pairs)
 
 
 def _is_narrower(before: CompiledPolicy, after: CompiledPolicy, asked: Asked) -> None:

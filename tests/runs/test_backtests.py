@@ -18,7 +18,7 @@ from app.policies.arguments import MAX_BYTES, check_arguments
 from app.policies.backtest import RecordedCall, Replay
 from app.policies.decision import Decision
 from app.runs import backtests, recorded
-from app.runs.journal import canonical_arguments
+from app.runs.arguments import canonical
 from app.runs.recorded import Head
 from tests.service import POLICY, Client, Service, Tenant
 
@@ -197,7 +197,7 @@ def test_a_flip_is_kept_without_its_arguments() -> None:
 def test_whatever_a_gate_lets_through_is_replayed(character: str) -> None:
     arguments = {"a": character * ((MAX_BYTES - 1) // len(character.encode()))}
     assert check_arguments(arguments) is None
-    assert len(canonical_arguments(arguments).encode()) + 28 <= recorded._MAX_SEALED
+    assert len(canonical(arguments).encode()) + 28 <= recorded._MAX_SEALED
 
 
 async def test_a_replay_that_has_no_time_or_misses_calls_is_not_full(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -32,7 +33,7 @@ async def limited(
     scripted: ScriptedModel, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Service]:
     # A long lease, so that a test alone decides when it runs out; a short grace, so that it can be waited for.
-    settings = {"run_lease_s": 600, "client_grace_s": 0.2, "model_retries": 0}
+    settings: dict[str, Any] = {"run_lease_s": 600, "client_grace_s": 0.2, "model_retries": 0}
     folder = tmp_path_factory.mktemp("limited")
     async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
         yield service

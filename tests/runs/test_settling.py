@@ -17,7 +17,7 @@ class Calls:
     """Calls of a run: each is recorded for a while, as in a transaction, and then a server is called."""
 
     def __init__(self) -> None:
-        self.run = RunContext(uuid4(), *cast("tuple[Any, Any, Any, Any]", (None, None, None, None)))
+        self.run = RunContext(uuid4(), *cast("tuple[Any, Any, Any, Any, Any]", (None, None, None, None, None)))
         self.recorded = self.begun = self.made = 0
         self.may_answer = asyncio.Event()
 

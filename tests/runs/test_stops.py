@@ -255,7 +255,8 @@ async def test_a_conversation_is_continued_by_its_user_alone(slow: Slow) -> None
         slow.model.turns[query].released.set()
     assert (await tenant.user.ask(first, conversation=conversation)).status_code == 200
     asked = len(slow.model.prompts)
-    assert (await colleague.ask(second, conversation=conversation)).status_code == 200
-    assert first not in str(slow.model.prompts[asked:])
+    refused = await colleague.ask(second, conversation=conversation)
+    assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
+    assert slow.model.prompts[asked:] == []
     assert (await tenant.user.ask(third, conversation=conversation)).status_code == 200
     assert first in str(slow.model.prompts[-1]), "the control: its own user's history is there"

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import pytest
@@ -42,7 +42,7 @@ async def traced(
     databases: Databases, tmp_path_factory: pytest.TempPathFactory, collector: Collector, scripted: ScriptedModel
 ) -> AsyncIterator[Service]:
     """A service that traces everything, and tells its model of it."""
-    settings = {
+    settings: dict[str, Any] = {
         "otlp_endpoint": collector.url,
         "otlp_headers": SecretStr("x-collector-key=only-for-it"),
         "trace_models": ("default",),
@@ -57,7 +57,7 @@ async def telling(
     databases: Databases, tmp_path_factory: pytest.TempPathFactory, collector: Collector, scripted: ScriptedModel
 ) -> AsyncIterator[Service]:
     """A service whose traces hold texts, and whose model is told of none."""
-    settings = {"otlp_endpoint": collector.url, "trace_content": True}
+    settings: dict[str, Any] = {"otlp_endpoint": collector.url, "trace_content": True}
     folder = tmp_path_factory.mktemp("telling")
     async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
         yield service

@@ -138,7 +138,8 @@ async def test_me_tells_what_the_credential_may_do(service: Service) -> None:
     tenant = await service.new_tenant(policy=POLICY.replace('["docs__*"]', "[docs__read_file]"))
     me = (await tenant.user.get("/v1/me")).json()
     assert (me["tenant_id"], me["user_id"], me["key_id"]) == (tenant.id, tenant.user_id, tenant.user_key_id)
-    assert (me["role"], me["scopes"]) == ("user", ["runs:create", "runs:read", "usage:read"])
+    scopes = ["approvals:decide", "approvals:read", "runs:create", "runs:read", "usage:read"]
+    assert (me["role"], me["scopes"]) == ("user", scopes)
     assert [tool["name"] for tool in me["tools"]] == ["docs__read_file"]
     assert me["policy_version"] == 1
     bare = (await (await service.new_tenant(policy=None)).user.get("/v1/me")).json()

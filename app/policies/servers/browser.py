@@ -25,3 +25,5 @@ class BrowserServer(Server):
     """Of one call, in seconds; the platform's bound on a call holds as well."""
     isolation: Literal["run"] = "run"
     """Each run has a browser of its own, and so no cookie of another."""
+    stateful: Literal[True] = True
+    """Only true: its pages are gone with it."""

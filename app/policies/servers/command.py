@@ -36,3 +36,8 @@ class CommandServer(Server):
     """Whole host names in lower case, with a port where it is not 443, of those that the entry allows."""
     env: dict[VariableName, SecretReference] = Field(default={}, max_length=32)
     """Variables that the entry names, each from a secret of the tenant."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """What a run has written to a workspace of its own is gone with its server."""
+        return self.stateful or (self.isolation == "run" and not self.readonly)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from app.policies.sections import MB, Extensions, Size, WorkspaceName
 from app.policies.servers.declared import Server
@@ -11,6 +11,7 @@ from app.policies.servers.declared import Server
 class FilesystemServer(Server):
     """One workspace of the tenant, `root`, as files; `max_file_size` in bytes (1 MB is 1,048,576)."""
 
+    only_reading: ClassVar[frozenset[str]] = frozenset({"read_file", "list_directory", "search_files", "file_info"})
     template: Literal["filesystem"]
     """The files of one workspace; it has no network."""
     root: WorkspaceName
@@ -21,3 +22,8 @@ class FilesystemServer(Server):
     """Of a file that is read or written, in KB or MB, up to 100MB."""
     allowed_extensions: Extensions = (".txt", ".md", ".json", ".py")
     """Lower case, with the dot."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """What a run has written to a workspace of its own is gone with its server."""
+        return self.stateful or (self.isolation == "run" and not self.readonly)

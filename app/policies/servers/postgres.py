@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
@@ -33,6 +33,7 @@ class PostgresServer(Server):
     seconds; `max_connections` is the role's limit as well; `max_rows` are those of one answer.
     """
 
+    only_reading: ClassVar[frozenset[str]] = frozenset({"list_tables", "describe_table", "query"})
     template: Literal["postgres"]
     """One database, read as a role that can do no more than the policy says."""
     dsn: SecretReference

@@ -18,7 +18,9 @@ from app.keyring import SecretKey
 from app.policies import checks, explain, versions
 from app.policies import document as documents
 from app.policies.checks import PUBLISHED, Checked
+from app.policies.decision import Verdict
 from app.policies.engine import ToolRequest
+from app.policies.rules import Effect
 from app.problems import responses
 from app.runs import backtests, recorded, repository
 from app.runs.dependencies import TheTurns
@@ -29,7 +31,6 @@ from app.servers import deciding
 from app.tenants.service import open_tenant_key
 
 router = APIRouter(tags=["policies"])
-Verdict = Literal["allowed", "denied"]
 
 
 class BacktestIn(Body):
@@ -96,26 +97,32 @@ async def backtest_policy(
     return BacktestOut.model_validate(found)
 
 
-class RecordedOut(Answer):
-    """What was decided then, by which rule, and the rule's words; null for a rule that every policy has."""
+class RuledOut(Answer):
+    """By which version and rule, and the rule's words; null for a rule that every policy has."""
 
     policy_version: int
-    decision: Verdict
     rule: str
     text: str | None
+
+
+class RecordedOut(RuledOut):
+    """What was decided then; a call that is `waiting` still waits for its approval."""
+
+    decision: Literal["allowed", "denied", "waiting"]
 
 
 class FiringOut(Answer):
     """A rule that holds on the call now, whether or not another outdoes it."""
 
     rule: str
-    effect: Literal["permit", "forbid"]
+    effect: Effect
     text: str
 
 
-class NowOut(RecordedOut):
+class NowOut(RuledOut):
     """What the version that holds would say of the same call."""
 
+    decision: Verdict
     reason: str
     firing: list[FiringOut]
 
@@ -190,13 +197,11 @@ def _now(published: Checked, head: Head, sealed: bytes | None, tenant_key: Secre
     request = ToolRequest(call.tool, call.arguments, user_id=str(call.user_id), role=call.role)
     decision = deciding.decide(policy, request)
     texts = explain.rule_texts(policy.compiled.rules)
-    effects: dict[str, Literal["permit", "forbid"]] = {
-        rule.id: "permit" if rule.is_permit else "forbid" for rule in policy.compiled.rules
-    }
+    effects = {rule.id: rule.effect for rule in policy.compiled.rules}
     firing = [FiringOut(rule=name, effect=effects[name], text=texts[name]) for name in policy.compiled.firing(request)]
     return NowOut(
         policy_version=policy.version,
-        decision="allowed" if decision else "denied",
+        decision=decision.verdict,
         rule=decision.rule,
         reason=decision.reason,
         text=texts.get(decision.rule),

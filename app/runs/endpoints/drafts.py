@@ -20,6 +20,7 @@ from app.caller import Caller
 from app.policies import admission, checks, diff, explain, versions
 from app.policies import document as documents
 from app.policies.checks import PUBLISHED, Checked, VersionUnchecked
+from app.policies.decision import Verdict
 from app.policies.engine import ToolRequest
 from app.policies.explain import ASKING_ROLES, Asker
 from app.policies.standing import Access, Standing
@@ -39,7 +40,9 @@ VersionOrPublished = Annotated[Number | Literal["published"], Path()]
 
 
 class StandingOut(Answer):
-    """`allowed`: every call that fits the tool and its template; `conditional`: it depends on the arguments."""
+    """`allowed`: every call that fits the tool and its template; `conditional`: it depends on the arguments;
+    `needs_approval`: none before somebody has approved of it.
+    """
 
     access: Access
     rules: list[str]
@@ -55,12 +58,16 @@ class KeyChangeOut(Answer):
 
 
 class AccessChangeOut(Answer):
-    """What differs for a role (a user of it whom no rule names) and a tool; null where there is no such tool."""
+    """What differs for a role (a user of it whom no rule names) and a tool; null where there is no such tool.
+
+    `narrower` is sure to allow no more than before, `wider` no less; an approval that is needed now is narrower.
+    """
 
     role: str
     tool: str
     before: StandingOut | None
     after: StandingOut | None
+    direction: diff.Direction
 
 
 class DiffOut(Answer):
@@ -127,7 +134,7 @@ class DecisionOut(Answer):
     """What the gate would say of a call; kill switches are not asked."""
 
     tool: str
-    decision: Literal["allowed", "denied"]
+    decision: Verdict
     rule: str
     reason: str
 
@@ -202,7 +209,11 @@ def _access_changes(before: Checked, after: Checked) -> list[AccessChangeOut]:
     found = diff.access_changes(before.compiled().compiled, after.compiled().compiled, askers)
     return [
         AccessChangeOut(
-            role=change.asker.role, tool=change.tool, before=_standing(change.before), after=_standing(change.after)
+            role=change.asker.role,
+            tool=change.tool,
+            before=_standing(change.before),
+            after=_standing(change.after),
+            direction=change.direction,
         )
         for change in found
     ]
@@ -260,8 +271,7 @@ def _dry_run(checked: Checked, asker: Asker, *, query: str | None, calls: Sequen
 def _decide(policy: ActivePolicy, asker: Asker, call: CallIn) -> DecisionOut:
     request = ToolRequest(call.tool, call.arguments, user_id=asker.name, role=asker.role)
     decision = deciding.decide(policy, request)
-    verdict: Literal["allowed", "denied"] = "allowed" if decision else "denied"
-    return DecisionOut(tool=call.tool, decision=verdict, rule=decision.rule, reason=decision.reason)
+    return DecisionOut(tool=call.tool, decision=decision.verdict, rule=decision.rule, reason=decision.reason)
 
 
 def _access(tool: str, standing: Standing) -> ToolAccessOut:

@@ -64,12 +64,14 @@ class BudgetOut(BaseModel):
 class ToolOut(BaseModel):
     """A tool that some call of the caller could be allowed to use.
 
-    Where it is not conditional, the policy allows every call whose arguments fit the tool.
+    Where it is not conditional, the policy allows every call whose arguments fit the tool; with `needs_approval` each
+    of them waits for an approval.
     """
 
     name: str
     description: str
     is_conditional: bool
+    needs_approval: bool
 
 
 class MeOut(BaseModel):
@@ -152,7 +154,8 @@ def _tools(caller: Caller, policy: ActivePolicy) -> list[ToolOut]:
         ToolOut(
             name=tool.name,
             description=tool.description,
-            is_conditional=standings[tool.name].access is Access.CONDITIONAL,
+            is_conditional=standings[tool.name].is_conditional,
+            needs_approval=standings[tool.name].access is Access.NEEDS_APPROVAL,
         )
         for tool in policy.compiled.visible_to(*asking)
     ]

@@ -46,10 +46,11 @@ class RollbackIn(PublishIn):
 
 
 class PublishedOut(Answer):
-    """The version that holds now, and how many runs in flight were ordered to stop."""
+    """The version that holds now, and how many runs in flight were ordered to stop; `warnings` are for its author."""
 
     version: int
     revoked_runs: int
+    warnings: list[str]
 
 
 class HoldingOut(Answer):
@@ -75,6 +76,7 @@ class CheckedOut(Answer):
     checked_at: datetime
     tools: list[str]
     obstacles: list[ObstacleOut]
+    warnings: list[str]
 
 
 @router.post(
@@ -97,8 +99,8 @@ async def check_policy(
             await publishing.demand(session, prepared)
         except Conflict as error:
             obstacles.append(ObstacleOut(code=error.code, detail=error.detail))
-    tools = sorted(tool.name for tool in prepared.tools)
-    return CheckedOut(version=version, checked_at=checked_at, tools=tools, obstacles=obstacles)
+    tools, warnings = sorted(tool.name for tool in prepared.tools), list(prepared.warnings)
+    return CheckedOut(version=version, checked_at=checked_at, tools=tools, obstacles=obstacles, warnings=warnings)
 
 
 @router.post(
@@ -182,7 +184,7 @@ async def _hold(
     revoked = 0
     if asked.revoke_running:
         revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
-    return PublishedOut(version=prepared.version, revoked_runs=revoked)
+    return PublishedOut(version=prepared.version, revoked_runs=revoked, warnings=list(prepared.warnings))
 
 
 async def _check_pointer(session: AsyncSession, caller: Caller, if_match: IfMatch) -> None:

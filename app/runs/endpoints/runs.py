@@ -1,84 +1,39 @@
-"""Routes of runs: ask, look, cancel."""
+"""Routes of runs that have begun: look, cancel."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.auth.dependencies import Paging, TheDatabase, paging, requires
 from app.caller import Caller
-from app.db import new_id
-from app.errors import AppError, NotFound
-from app.limits.queue import TooManyRuns
+from app.errors import NotFound
 from app.problems import responses
-from app.runs import repository
-from app.runs.budgets import until_tomorrow_s
-from app.runs.dependencies import Asker, ThePolicy, TheRuns, rate_limited, record_refusal
-from app.runs.schemas import QueryIn, RunDetailOut, RunOut, RunsOut, RunSummaryOut, detail_of
-from app.runs.service import Question
-from app.runs.state import Ending, StopCause
+from app.runs import listing, repository
+from app.runs.dependencies import Asker, TheRuns
+from app.runs.listing import Wanted
+from app.runs.schemas import RunDetailOut, RunsOut, RunSummaryOut, detail_of
+from app.runs.state import RunKind, State
+from app.schemas import Moment
 from app.scopes import Scope
 
 router = APIRouter(tags=["runs"])
 Reader = Annotated[Caller, Depends(requires(Scope.RUNS_READ))]
 
 
-class RunProblem(AppError):
-    """The run ended without an answer."""
-
-    def __init__(self, run_id: UUID, ending: Ending) -> None:
-        # A budget begins anew with the next day (UTC), whichever it is.
-        headers = {"Retry-After": str(until_tomorrow_s())} if ending.limit else None
-        super().__init__(ending.detail, headers=headers, extra={"run_id": str(run_id)})
-        self.status, self.code = ending.http_status, ending.code or "internal"
-
-
-@router.post("/query", include_in_schema=False)
-@router.post(
-    "/v1/query",
-    summary="Ask the tenant's agent and wait for the answer",
-    responses=responses(401, 403, 409, 413, 422, 429, 502, 504),
-)
-async def ask(
-    request: Request,
-    body: QueryIn,
-    caller: Asker,
-    policy: ThePolicy,
-    runs: TheRuns,
-    _rate: Annotated[None, Depends(rate_limited)],
-) -> RunOut:
-    """Run the query under the tenant's published policy; every tool call of it is decided by that policy."""
-    question = Question(new_id(), body.query, body.conversation)
-    answering = runs.begin(caller, policy, question)
-    watching = asyncio.create_task(_cancel_when_client_is_gone(request, runs, question.run_id))
-    try:
-        # Shielded: whatever becomes of this request, the run is carried to its recorded end.
-        answered = await asyncio.shield(answering)
-    except TooManyRuns as error:
-        await record_refusal(request, caller, error.code)
-        raise
-    finally:
-        watching.cancel()
-    request.state.run_state = answered.ending.state.value
-    if not answered.ending.answers:
-        raise RunProblem(question.run_id, answered.ending)
-    return RunOut.of(answered.run, answered.ending)
-
-
-async def _cancel_when_client_is_gone(request: Request, runs: TheRuns, run_id: UUID) -> None:
-    while not await request.is_disconnected():  # noqa: ASYNC110  Starlette offers no event to wait for
-        await asyncio.sleep(1)
-    runs.withdraw(run_id)
-    await asyncio.sleep(request.app.state.settings.client_grace_s)
-    while True:  # until there is an answer: it may have come to the queue, or begun, only now
-        runs.withdraw(run_id)
-        runs.stop(run_id, StopCause.CLIENT_GONE)
-        await asyncio.sleep(1)
+async def _wanted(
+    states: Annotated[list[State] | None, Query(alias="state", max_length=20)] = None,
+    kind: RunKind | None = None,
+    conversation: UUID | None = None,
+    user: Annotated[UUID | None, Query(description="With `runs:read_all`; without it all are one's own.")] = None,
+    since: Annotated[Moment | None, Query(description="Not made before this moment.")] = None,
+    until: Annotated[Moment | None, Query(description="Made before this moment.")] = None,
+) -> Wanted:
+    return Wanted(states=states, kind=kind, conversation_id=conversation, user_id=user, since=since, until=until)
 
 
 @router.get("/v1/runs", summary="List runs, the newest first", responses=responses(401, 403, 422))
@@ -86,10 +41,11 @@ async def list_runs(
     caller: Reader,
     database: TheDatabase,
     page: Annotated[Paging, Depends(paging("runs"))],
+    wanted: Annotated[Wanted, Depends(_wanted)],
 ) -> RunsOut:
     """One's own runs; with `runs:read_all` those of the whole tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        runs = await repository.page(session, user_id=_only(caller), before=page.id, limit=page.limit)
+        runs = await listing.page(session, wanted, of_user=_only(caller), before=page.id, limit=page.limit)
     items = [RunSummaryOut.of(run) for run in runs]
     return RunsOut(items=items, next_cursor=page.next_cursor(runs, lambda run: run.id))
 
@@ -101,18 +57,20 @@ async def read_run(run_id: UUID, caller: Reader, database: TheDatabase, runs: Th
         run = await repository.find(session, run_id, user_id=_only(caller))
         if run is None:
             raise NotFound
-        calls = list(await repository.calls_of(session, run_id))
+        calls = await repository.calls_of(session, run_id)
+        ahead = await listing.ahead_of(session, run)
+        approvals = await listing.waiting_approvals(session, run_id)
         if run.user_id != caller.user_id:  # before a text of somebody else is given out
             read = Event(EventType.RUN_READ, actor_id=caller.user_id, run_id=run_id, data={"user_id": run.user_id})
             await audit.append(session, caller.tenant_id, read)
     query, answer = await runs.read_texts(caller, run_id, run.user_id)
-    return detail_of(run, calls, query, answer)
+    return detail_of(run, calls, query, answer, ahead=ahead, approvals=approvals)
 
 
 @router.post(
     "/v1/runs/{run_id}/cancel",
     status_code=202,
-    summary="Cancel a run in flight",
+    summary="Cancel a run that has not ended",
     responses=responses(401, 403, 404, 409, 422),
 )
 async def cancel_run(run_id: UUID, caller: Asker, runs: TheRuns) -> None:

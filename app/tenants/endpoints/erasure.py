@@ -43,6 +43,17 @@ async def _discard(request: Request) -> Forget:
     return discard
 
 
+async def _silencing(request: Request, database: TheDatabase) -> Forget:
+    async def silence(tenant_id: UUID) -> None:
+        """End the runs of erased users, and take their texts away."""
+        await request.app.state.end_erased(tenant_id)
+        await erasure.await_runs(database, tenant_id)
+        await erasure.delete_contents(database, tenant_id)
+
+    return silence
+
+
+TheSilencing = Annotated[Forget, Depends(_silencing)]
 TheForgetting = Annotated[Sequence[Forget], Depends(_forgetting)]
 
 
@@ -59,6 +70,7 @@ async def erase_user(
     if_match: TheIfMatch,
     store: TheStore,
     outbox: TheOutbox,
+    silence: TheSilencing,
     forgetting: TheForgetting,
 ) -> None:
     """For good: name and keys, and all that can open what the user asked and was told. The last admin stays.
@@ -69,8 +81,7 @@ async def erase_user(
     async with database.transaction(tenant_id) as session:
         await check_user(session, caller, user_id, if_match)
         await erasure.erase_user(session, tenant_id, user_id, actor_id=caller.user_id)
-    await erasure.await_runs(database, tenant_id)
-    await erasure.delete_contents(database, tenant_id)
+    await silence(tenant_id)
     for name in await store.names_of(tenant_id, user_id):
         recorded = removal_recorded(database, outbox, caller=caller, name=name, user_id=user_id)
         await store.remove(tenant_id, name, user_id=user_id, recorded=recorded)
@@ -89,10 +100,10 @@ async def erase_tenant(
     body: EraseIn,
     caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))],
     platform: ThePlatform,
-    database: TheDatabase,
     if_match: TheIfMatch,
     discard: Annotated[Forget, Depends(_discard)],
     remembered: Annotated[Forgetting, Depends(_remembered)],
+    silence: TheSilencing,
     forgetting: TheForgetting,
 ) -> None:
     """For good: its users, secrets, policies and files, and all that can open what is sealed. Its record stays.
@@ -102,8 +113,7 @@ async def erase_tenant(
     async with platform.transaction() as session:
         await check_tenant(session, tenant_id, if_match)
         await erasure.erase_tenant(session, tenant_id, slug=body.slug, actor_id=caller.user_id)
-    await erasure.await_runs(database, tenant_id)
-    await erasure.delete_contents(database, tenant_id)
+    await silence(tenant_id)
     await discard(tenant_id)
     await remembered.forget_erased()
     for forget in forgetting:
