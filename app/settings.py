@@ -177,7 +177,7 @@ class Settings(BaseSettings):
     # Background runs of one tenant: under way or next at once, on all workers together, and queued.
     background_per_tenant: Annotated[int, Field(ge=1)] = 8
     background_queued: Annotated[int, Field(ge=1)] = 10_000
-    # How often a background run is taken up, all told, before one whose process died once more is given up.
+    # How many processes may die with a background run, or lose the database under it, before it is given up.
     run_attempts: Annotated[int, Field(ge=1)] = 5
     # How long runs under way may go on once their process is asked to end, in seconds.
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 25
