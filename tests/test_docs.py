@@ -212,6 +212,7 @@ _SEEN_ELSEWHERE: Final = {
     "run.resumed": "runs/test_background.py",
     "secret.accessed": "secrets/test_store.py",
     "server.": "runs/test_quarantine.py",
+    "tool.repeated": "runs/test_background.py",
     "tenant.erased": "tenants/test_erasure.py",
     "user.erased": "tenants/test_erasure.py",
 }

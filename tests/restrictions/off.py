@@ -31,8 +31,8 @@ def steps(patch: pytest.MonkeyPatch) -> None:
 def tool_calls(patch: pytest.MonkeyPatch) -> None:
     """Nobody counts tool calls."""
 
-    def begin_call(run: RunContext, tool: str, arguments: Mapping[str, Any]) -> Call:
-        call = Call(len(run.calls) + 1, tool, arguments)
+    def begin_call(run: RunContext, tool: str, arguments: Mapping[str, Any], *, position: int) -> Call:
+        call = Call(len(run.calls) + 1, tool, arguments, run.model_turns, position)
         run.calls.append(call)
         return call
 

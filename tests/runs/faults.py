@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
+from uuid import UUID
 
 import httpx
 from llmock.scenarios import Reply, ToolCall
@@ -165,4 +166,12 @@ async def running_run(service: Service, tenant: Tenant, *, with_call: bool = Fal
             for run_id, run in flights.items():
                 if str(run.caller.tenant_id) == tenant.id and (run.tools_in_flight or not with_call):
                     return str(run_id)
+            await asyncio.sleep(0.02)
+
+
+async def watched(service: Service, run_id: str) -> None:
+    """Wait until somebody who follows the run is on record."""
+    watches = "select id from runs where id = :id and watched_until > now()"
+    async with asyncio.timeout(10):
+        while not await service.sql(watches, role="platform", id=UUID(run_id)):  # noqa: ASYNC110  a row wakes nobody
             await asyncio.sleep(0.02)

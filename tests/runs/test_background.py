@@ -160,6 +160,8 @@ async def test_a_call_in_doubt_is_made_again_only_where_the_policy_says_that_it_
     assert told == {"in doubt": {1: "unknown", 2: "succeeded"}, "may be repeated": {1: "succeeded", 2: "succeeded"}}
     made = {query: len(place.service.server_journal(tenant)) for query, tenant in runs.items()}
     assert made == {"in doubt": 2, "may be repeated": 3}
+    repeated = {query: len(await tenant.admin.events(type="tool.repeated")) for query, tenant in runs.items()}
+    assert repeated == {"in doubt": 0, "may be repeated": 1}
 
 
 _DOUBT: Final = (

@@ -27,6 +27,7 @@ from app.runs.following import Following
 from app.tenants import keys as tenant_keys
 from app.tenants import repository as tenants
 from app.tenants.service import open_tenant_key
+from tests.runs.faults import watched
 from tests.service import DEFAULT_MODEL_POLICY, Client, Databases, Service, Tenant, running_service
 from tests.slow_model import SlowModel, slow_model
 
@@ -406,7 +407,7 @@ async def test_a_run_whose_client_goes_is_cancelled_unless_somebody_follows_it(
         await asyncio.wait_for(ground.model.turns[query].arrived.wait(), 10)
         if is_followed:
             follow = asyncio.create_task(_events(ground.tenant.admin, f"/v1/runs/{run_id}/events"))
-            await asyncio.sleep(0.3)
+            await watched(ground.service, run_id)
     await asyncio.sleep(2.5 if is_followed else 0)
     if is_followed:
         ground.model.turns[query].released.set()
