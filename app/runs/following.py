@@ -61,6 +61,11 @@ select r.id, r.state in {TERMINAL} as is_over, (
 from unnest(cast(:tenants as uuid[]), cast(:runs as uuid[])) as a (tenant_id, run_id)
 join runs r on r.tenant_id = a.tenant_id and r.id = a.run_id
 """)  # noqa: S608  ours
+_WATCH_ONE: Final = sql("""
+update runs set watched_until = greatest(watched_until, now() + interval '12 seconds')
+where tenant_id = :tenant_id and id = :run_id and state = 'running' and kind = 'interactive'
+""")
+# Of many at once, none of which waits for a row: the next round renews it.
 _WATCH: Final = sql("""
 update runs set watched_until = greatest(watched_until, now() + interval '12 seconds')
 where (tenant_id, id) in (
@@ -320,8 +325,8 @@ class Following:
 
 
 async def watch(session: AsyncSession, tenant_id: UUID, run_id: UUID) -> None:
-    """Say that somebody follows the run from now on; as the app role."""
-    await session.execute(_WATCH, {"tenants": [tenant_id], "runs": [run_id]})
+    """Say that somebody follows the run from now on; as the app role. It waits for who is at the run's row."""
+    await session.execute(_WATCH_ONE, {"tenant_id": tenant_id, "run_id": run_id})
 
 
 def _followed(streams: Iterable[Stream]) -> Mapping[str, Sequence[UUID]]:

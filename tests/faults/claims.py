@@ -235,8 +235,12 @@ def budgets_hold(evidence: Evidence) -> Iterator[str]:
 
 
 def concurrency_holds(evidence: Evidence) -> Iterator[str]:
-    """The model never saw more runs of a tenant at once than its policy allows, over all processes together."""
-    tenants = {asked.nonce: asked.tenant_id for asked in evidence.asked}
+    """The model never saw more runs of a tenant at once than its policy allows, over all processes together.
+
+    But for runs whose process was stopped past its lease: it still asks, though the run is no longer its own.
+    """
+    lost = _taken_over(evidence)
+    tenants = {asked.nonce: asked.tenant_id for asked in evidence.asked if asked.run_id not in lost}
     steps = [
         (at, change, tenants[turn.nonce])
         for turn in evidence.turns
@@ -283,6 +287,13 @@ def _by_run(evidence: Evidence) -> defaultdict[str, list[Event]]:
 def _user_of(evidence: Evidence, event: Event) -> str | None:
     senders = {asked.nonce: asked.user_id for asked in evidence.asked}
     return senders.get(evidence.nonces.get(event["run_id"], ""))
+
+
+def _taken_over(evidence: Evidence) -> set[str]:
+    """Runs that another process ended, or went on with."""
+    everything = [event for events in evidence.events.values() for event in events]
+    ended = {event["run_id"] for event in _of(everything, "run.finished") if event["data"]["state"] == "interrupted"}
+    return ended | {event["run_id"] for event in _of(everything, "run.resumed")}
 
 
 def _of(events: list[Any], kind: str) -> list[Any]:
