@@ -88,5 +88,6 @@ def _of_what_others_saw(evidence: Evidence) -> Pretended:
     own = [other.nonce for other in evidence.asked if other.tenant_id == one]
     at_once = [model.Turn(nonce, 0, None, 0, 1) for nonce in own]
     yield Break("all runs at once", "concurrency_holds", one), replace(evidence, turns=at_once)
-    seen = replace(evidence.ledger, seen={**evidence.ledger.seen, one: {asked.nonce}})
+    other = next(tenant_id for tenant_id in evidence.limits if tenant_id != asked.tenant_id)
+    seen = replace(evidence.ledger, seen={**evidence.ledger.seen, other: {asked.nonce}})
     yield Break("a byte of another", "nothing_crosses_tenants", asked.nonce), replace(evidence, ledger=seen)
