@@ -237,20 +237,20 @@ def budgets_hold(evidence: Evidence) -> Iterator[str]:
 def concurrency_holds(evidence: Evidence) -> Iterator[str]:
     """The model never saw more runs of a tenant at once than its policy allows, over all processes together.
 
-    But for runs whose process was stopped past its lease: it still asks, though the run is no longer its own.
+    A process that was stopped past its lease still asks; what it asked counts until the record gives its run away.
     """
-    lost = _taken_over(evidence)
-    tenants = {asked.nonce: asked.tenant_id for asked in evidence.asked if asked.run_id not in lost}
-    steps = [
-        (at, change, tenants[turn.nonce])
-        for turn in evidence.turns
-        if turn.nonce in tenants
-        for at, change in ((turn.came, 1), (turn.ended or turn.came, -1))
-    ]
+    runs = {asked.nonce: (asked.tenant_id, asked.run_id) for asked in evidence.asked}
+    given_away = _given_away(evidence)
+    steps = []
+    for turn in evidence.turns:
+        if turn.nonce in runs:
+            tenant_id, run_id = runs[turn.nonce]
+            ends = [turn.ended or turn.came, *(at for at in given_away[run_id] if at > turn.came)]
+            steps += [(turn.came, 1, tenant_id), (min(ends), -1, tenant_id)]
     under_way: Counter[str] = Counter()
     for at, change, tenant_id in sorted(steps):
         under_way[tenant_id] += change
-        if under_way[tenant_id] > evidence.limits[tenant_id].get("concurrent_runs", len(tenants)):
+        if under_way[tenant_id] > evidence.limits[tenant_id].get("concurrent_runs", len(runs)):
             yield f"{tenant_id}: {under_way[tenant_id]} at {at}"
 
 
@@ -289,11 +289,14 @@ def _user_of(evidence: Evidence, event: Event) -> str | None:
     return senders.get(evidence.nonces.get(event["run_id"], ""))
 
 
-def _taken_over(evidence: Evidence) -> set[str]:
-    """Runs that another process ended, or went on with."""
-    everything = [event for events in evidence.events.values() for event in events]
-    ended = {event["run_id"] for event in _of(everything, "run.finished") if event["data"]["state"] == "interrupted"}
-    return ended | {event["run_id"] for event in _of(everything, "run.resumed")}
+def _given_away(evidence: Evidence) -> dict[str | None, list[float]]:
+    """When a run was ended by another process, or taken up by one, by its id."""
+    found: dict[str | None, list[float]] = defaultdict(list)
+    for event in (event for events in evidence.events.values() for event in events):
+        is_lost = event["type"] == "run.finished" and event["data"]["state"] == "interrupted"
+        if is_lost or event["type"] == "run.resumed":
+            found[event["run_id"]].append(_seconds(event))
+    return found
 
 
 def _of(events: list[Any], kind: str) -> list[Any]:
