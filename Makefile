@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: up down reset test test-long packages browser monitoring node check bench lock help anew
+.PHONY: up down reset test test-long packages browser monitoring node check docs bench lock help anew image image-base image-test containers kubectl manifests
 
 BIN := .venv/bin
 
@@ -120,11 +120,19 @@ node:
 	then exit 0; fi
 	echo 'There is no Node.js here, so the JavaScript of the documents is not run. To run it: apt-get install nodejs'
 
-packages: browser monitoring node
+KUBERNETES := kubernetes-client
+kubectl:
+	@if command -v kubectl > /dev/null; then exit 0; fi
+	if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends $(KUBERNETES) > /dev/null
+	then exit 0; fi
+	echo 'There is no kubectl here, so the manifests are not checked. To check them: apt-get install $(KUBERNETES)'
 
-# More workers than the two processors of a small machine, since much is waited for.
+packages: browser monitoring node kubectl
+
+# More workers than the two processors of a small machine, since much is waited for. What is compiled is kept, whatever
+# the shell says: all of them, and hundreds of processes, start from it.
 test: $(TOOLS) packages  ## Run the tests, with samples of the long ones
-	@exec $(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m 'not long'
+	@exec env PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m 'not long'
 
 # One test is one piece. What has passed for this seed and these sources is not run again.
 SEED ?= $(shell date -u +%Y%m%d)
@@ -147,7 +155,7 @@ test-long: $(TOOLS)  ## Run the full counts, in pieces under ten minutes; resume
 	exit $$failed
 
 # The same commands, in the same order, as .pre-commit-config.yaml.
-check: $(TOOLS)  ## Lint, format, types, import contracts, dependencies, dead code
+check: $(TOOLS)  ## Lint, format, types, import contracts, dependencies, dead code, secrets
 	@set -x
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -155,6 +163,13 @@ check: $(TOOLS)  ## Lint, format, types, import contracts, dependencies, dead co
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry app migrations
 	$(BIN)/vulture
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml app migrations
+	$(BIN)/zizmor --offline --quiet .
+	bash -c 'git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline'
+
+# Nothing is fetched, neither a font nor a script. DOCS_REPOSITORY=.../blob/main links what lies outside of docs/.
+docs: $(TOOLS)  ## Make a site of the documents, in .site; a link that leads nowhere fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml
 
 bench: $(TOOLS)  ## Run every command in benchmarks/
 	@for file in $$(grep -l '__name__ == "__main__"' benchmarks/*.py 2>/dev/null); do
@@ -163,6 +178,118 @@ bench: $(TOOLS)  ## Run every command in benchmarks/
 	  $(BIN)/python -m "benchmarks.$$name"
 	done
 
+# --- The image: docs/deploy/image.md
+
+# One place of the version is enough; the Dockerfile's default is compared with it by a test.
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+LOOKALIKE := localhost/bulkhead-base:lookalike
+IMAGE ?= localhost/bulkhead:$(if $(filter lookalike,$(BASE)),lookalike,$(VERSION))
+# Needs no right to make namespaces.
+export BUILDAH_ISOLATION ?= chroot
+CONTAINERS := buildah podman runc mmdebstrap
+containers:
+	@lacking=$$(for name in $(CONTAINERS); do command -v "$$name" > /dev/null || echo "$$name"; done)
+	if [ -z "$$lacking" ] && [ "$$(id -u)" = 0 ]; then exit 0; fi
+	if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(CONTAINERS) > /dev/null
+	then exit 0; fi
+	echo 'The image is not built or run here, which takes root and: apt-get install $(CONTAINERS)' >&2
+	exit 1
+
+# Debian's own Python 3.13 where no registry of images can be reached. Not the official base: neither its contents nor
+# its size. The mirrors are those that this machine's apt has.
+image-base: containers  ## Make a look-alike of the base image, for machines that reach no registry of images
+	@if buildah inspect --type image $(LOOKALIKE) > /dev/null 2>&1; then exit 0; fi
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	mirror() { apt-get indextargets --format '$$(LABEL) $$(REPO_URI)' | awk -v label="$$1" '$$1 == label { print $$2; exit }'; }
+	main=$$(mirror Debian) security=$$(mirror Debian-Security)
+	[ -n "$$main" ] && [ -n "$$security" ] || { echo 'This apt knows no mirror of Debian and its security updates.' >&2; exit 1; }
+	apt-config dump Acquire::http Acquire::https > "$$work/apt.conf"
+	echo 'Making $(LOOKALIKE) from the mirrors of this machine; some minutes.'
+	mmdebstrap --quiet --variant=minbase --include=ca-certificates,netbase,tzdata,python3,python3-venv \
+	  --aptopt="$$work/apt.conf" trixie "$$work/base.tar" \
+	  "deb $$main trixie main" "deb $$main trixie-updates main" "deb $$security trixie-security main"
+	made=$$(buildah from scratch)
+	buildah add --quiet "$$made" "$$work/base.tar" / > /dev/null
+	buildah config --cmd python3 --env PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$$made"
+	buildah commit --quiet --rm --format docker "$$made" $(LOOKALIKE)
+
+# BASE=name@sha256:... is another base than the Dockerfile's; REQUIREMENTS=base leaves the clouds' SDKs out.
+image:  ## Build the image, with its SBOM and licences in dist/
+	@$(choose_python)
+	case '$(BASE)' in
+	  ''|lookalike|*@sha256:*) ;;
+	  *) fail 'A base is named with its digest: make image BASE=docker.io/library/python:3.13-slim@sha256:...' ;;
+	esac
+	if [ '$(BASE)' = lookalike ]; then $(MAKE) --no-print-directory image-base; engine=buildah
+	elif docker info > /dev/null 2>&1; then engine=docker
+	else engine=$$(basename "$$(command -v buildah || command -v podman || echo none)"); fi
+	[ "$$engine" != none ] || fail 'Building the image takes docker, buildah or podman.'
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	set -- --build-arg VERSION=$(VERSION) --build-arg REQUIREMENTS=$(or $(REQUIREMENTS),cloud)
+	set -- "$$@" --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude '*' 2> /dev/null || echo unknown)"
+	set -- "$$@" --build-arg CREATED="$$(git log -1 --format=%cI 2> /dev/null || echo unknown)"
+	case '$(BASE)' in
+	  '') ;;
+	  lookalike) set -- "$$@" --pull-never --build-arg PYTHON_IMAGE=$(LOOKALIKE) ;;
+	  *) set -- "$$@" --build-arg PYTHON_IMAGE='$(BASE)' ;;
+	esac
+	# How this machine reaches its package index; what names a place on it is of no use inside.
+	printf '[global]\n' > "$$work/pip.conf"
+	"$$python" -m pip config list | sed -n -E -e 's#file://[^ '"'"']*##g' \
+	  -e "s/^[^.]*\.(index-url|extra-index-url|trusted-host|proxy|timeout|default-timeout)='(.*[^ ].*)'$$/\1 = \2/p" >> "$$work/pip.conf"
+	set -- "$$@" --secret id=pip,src="$$work/pip.conf"
+	if [ -r /etc/ssl/certs/ca-certificates.crt ]; then
+	  echo 'cert = /run/secrets/authorities' >> "$$work/pip.conf"
+	  set -- "$$@" --secret id=authorities,src=/etc/ssl/certs/ca-certificates.crt
+	fi
+	[ "$$engine" = docker ] || set -- "$$@" --format docker --layers
+	"$$engine" build "$$@" --tag $(IMAGE) .
+	mkdir -p dist
+	if [ "$$engine" = buildah ]; then
+	  made=$$(buildah from --pull-never $(IMAGE)); cp "$$(buildah mount "$$made")"/usr/share/bulkhead/* dist/
+	else
+	  made=$$($$engine create $(IMAGE)); "$$engine" cp "$$made":/usr/share/bulkhead/. dist/
+	fi
+	"$$engine" rm "$$made" > /dev/null
+	echo "$(IMAGE) is built; dist/ has sbom.cdx.json and licenses.txt."
+
+# Any image: make image-test IMAGE=name. Without one, on a look-alike base.
+image-test: $(TOOLS) containers  ## Build the image and run it hardened, with queries, attacks and its end
+	@if [ '$(origin IMAGE)' = file ]; then
+	  $(MAKE) --no-print-directory image BASE=lookalike
+	  image=localhost/bulkhead:lookalike
+	else image='$(IMAGE)'; fi
+	exec env IMAGE="$$image" $(BIN)/python -m pytest -n 0 tests/image/contents.py tests/image/hardened.py tests/image/walls.py
+
+# jsonschema imports these wherever they are, and so does each process and each sandboxed server of a test: half a
+# second. The service has none of them, and what asks for them (cyclonedx-bom) does without.
+LEFT_OUT := arrow fqdn isoduration lark rfc3986-validator rfc3987-syntax uri-template webcolors
+# --- The manifests: docs/deploy/kubernetes.md
+
+# Apart from the other tools, since it holds old versions of what they use.
+CHECKOV := .venv/deploy/pins-$(firstword $(shell sha256sum < requirements/deploy.txt | cut -c1-16))
+$(CHECKOV): $(TOOLS)
+	@$(choose_python)
+	echo 'Installing requirements/deploy.txt into .venv/deploy; once, about a minute.'
+	"$$python" -m venv --clear .venv/deploy
+	.venv/deploy/bin/python $(PIP_INSTALL) requirements/deploy.txt
+	touch '$@'
+
+manifests: $(TOOLS) $(CHECKOV) kubectl  ## Render k8s/ and check it: schemas, checkov, our own checks, who reaches whom
+	@command -v kubectl > /dev/null
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	$(BIN)/python -m tests.k8s.rendering "$$work"
+	cd "$$work"
+	$(CURDIR)/$(BIN)/kubernetes-validate --strict --quiet *.yaml
+	$(CURDIR)/.venv/deploy/bin/checkov --directory . --framework kubernetes --compact --quiet --skip-download
+	cd $(CURDIR)
+	$(BIN)/python -m tests.k8s.check "$$work"/*.yaml
+	$(BIN)/python -m pytest -q tests/k8s
+
 lock:  ## Pin all requirements again, with hashes; what still fits stays, unless UPGRADE=1
 	@$(choose_python)
 	work=$$(mktemp -d)
@@ -170,10 +297,11 @@ lock:  ## Pin all requirements again, with hashes; what still fits stays, unless
 	"$$python" -m venv "$$work/venv"
 	"$$work/venv/bin/python" $(PIP_INSTALL) requirements/uv.txt
 	cp requirements/*.in requirements/*.txt "$$work"
-	for name in base cloud dev corpora uv; do
+	for name in base cloud dev corpora deploy uv; do
 	  echo "Pinning requirements/$$name.txt"
 	  ( cd "$$work" && UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 venv/bin/uv pip compile --quiet --universal \
 	    --python venv/bin/python --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	    $(addprefix --no-emit-package ,$(LEFT_OUT)) \
 	    $(if $(filter 1,$(UPGRADE)),--upgrade) $$([ $$name != corpora ] || echo --no-deps) --output-file $$name.txt $$name.in )
 	done
 	! grep -Hn '://' "$$work"/*.txt || fail 'These lines carry an address; nothing was written.'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -10,10 +10,10 @@ from typing import Any, Final
 from uuid import UUID
 
 import uuid_utils.compat
-from sqlalchemy import DateTime, MetaData, Table, make_url, text
+from sqlalchemy import ColumnElement, DateTime, MetaData, Table, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from sqlalchemy.pool import QueuePool
 
 from app.errors import ConfigurationError
@@ -126,6 +126,25 @@ def first_id_at(at: datetime) -> UUID:
     """The least UUIDv7 of that moment: its first 48 bits are milliseconds."""
     since_1970 = at - datetime(1970, 1, 1, tzinfo=UTC)
     return UUID(int=max(0, since_1970 // timedelta(milliseconds=1)) << 80)
+
+
+def made_within(
+    at: InstrumentedAttribute[datetime],
+    id_: InstrumentedAttribute[UUID],
+    *,
+    since: datetime | None,
+    until: datetime | None,
+    slack: timedelta,
+) -> Iterator[ColumnElement[bool]]:
+    """By a column of times, `since` in and `until` out; and by ids no further from them than `slack`: the key finds
+    these.
+    """
+    if since is not None:
+        yield at >= since
+        yield id_ >= first_id_at(since - slack)
+    if until is not None:
+        yield at < until
+        yield id_ < first_id_at(until + slack)
 
 
 def create_engine(url: str, *, pool_size: int) -> AsyncEngine:

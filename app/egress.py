@@ -34,6 +34,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import socket
 import ssl
 import struct
@@ -225,6 +226,7 @@ def main(resolve: destinations.Resolve = destinations.ask_system) -> None:
     tls = ssl.create_default_context(cafile=chosen.ca)
     tls.set_alpn_protocols(["http/1.1"])
     if chosen.listen is not None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: an end that was asked for is no failure
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(listen(chosen.listen, tls=tls, resolve=resolve))
     else:

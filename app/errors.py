@@ -76,6 +76,13 @@ class Conflict(AppError):
     code = "conflict"
 
 
+class HostNotTrusted(AppError):
+    """This service does not answer under the name that the request has in its header Host."""
+
+    status = 400
+    code = "host_not_trusted"
+
+
 class TooLarge(AppError):
     """The body is larger than this route takes."""
 

@@ -24,6 +24,7 @@ from app.errors import AppError, ConfigurationError
 KEY_BYTES: Final = 32
 # With random nonces one AES-GCM key is good for 2**32 messages (NIST SP 800-38D, 8.3).
 _NONCE_BYTES: Final = 12
+_DIGEST_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 # 32 random bytes hold fewer distinct values than this once in 10**30: a typed or repeated key.
 _MIN_DISTINCT_BYTES: Final = 12
@@ -36,7 +37,7 @@ class Unsealable(AppError):
 
 
 class Mac(NamedTuple):
-    """An HMAC-SHA256 and the key that made it: two columns of a row."""
+    """An HMAC-SHA256 and the key that made it: two columns of a row. `Keyring.take_over` makes a longer one."""
 
     key_id: str
     digest: bytes
@@ -71,11 +72,11 @@ class SecretKey:
         return SecretKey(self._subkey(f"derive:{purpose}"))
 
     def mac(self, purpose: str, data: bytes) -> bytes:
-        return hmac.digest(self._subkey(f"mac:{purpose}"), data, "sha256")
+        return hmac.digest(self.verifier(purpose), data, "sha256")
 
-    def verify(self, purpose: str, data: bytes, *, digest: bytes) -> bool:
-        """Compare in constant time."""
-        return hmac.compare_digest(self.mac(purpose, data), digest)
+    def verifier(self, purpose: str) -> bytes:
+        """What makes and verifies HMACs for one purpose, and nothing else."""
+        return self._subkey(f"mac:{purpose}")
 
     def seal(self, plaintext: bytes, *, aad: bytes) -> bytes:
         """AES-256-GCM: nonce, ciphertext, tag. `aad` says where the blob belongs, and binds it there."""
@@ -140,10 +141,28 @@ class Keyring:
     def mac(self, purpose: str, data: bytes) -> Mac:
         return Mac(self.active, self._keys[self.active].mac(purpose, data))
 
-    def verify(self, purpose: str, data: bytes, *, key_id: str, digest: bytes) -> bool:
-        """Compare in constant time; an unknown key id is False."""
-        key = self._keys.get(key_id)
-        return key is not None and key.verify(purpose, data, digest=digest)
+    def verify(self, purpose: str, data: bytes, *, key_id: str, digest: bytes, aad: bytes = b"") -> bool:
+        """Compare in constant time; an unknown key id is False. `aad` is that of `take_over`."""
+        try:
+            verifier, expected = self._opened(purpose, Mac(key_id, digest), aad=aad)
+        except Unsealable:
+            return False
+        return hmac.compare_digest(hmac.digest(verifier, data, "sha256"), expected)
+
+    def take_over(self, purpose: str, stored: Mac, *, aad: bytes) -> Mac:
+        """The active key's, of another's HMAC. Nobody has the data to make it anew: what verifies it is sealed with it.
+
+        Whoever has the old key can then neither make nor change one. `aad` says where it belongs. Raise Unsealable.
+        """
+        return Mac(*self.seal(b"".join(self._opened(purpose, stored, aad=aad)), aad=_taken_over(purpose, aad)))
+
+    def _opened(self, purpose: str, stored: Mac, *, aad: bytes) -> tuple[bytes, bytes]:
+        """The HMAC's key and what it must give."""
+        key = self._find(stored.key_id)
+        if len(stored.digest) <= _DIGEST_BYTES:
+            return key.verifier(purpose), stored.digest
+        opened = key.unseal(stored.digest, aad=_taken_over(purpose, aad))
+        return opened[:KEY_BYTES], opened[KEY_BYTES:]
 
     def seal(self, plaintext: bytes, *, aad: bytes) -> Sealed:
         return Sealed(self.active, self._keys[self.active].seal(plaintext, aad=aad))
@@ -162,6 +181,10 @@ class Keyring:
             return self._keys[key_id]
         except KeyError:
             raise Unsealable from None
+
+
+def _taken_over(purpose: str, aad: bytes) -> bytes:
+    return b"taken-over:" + purpose.encode() + b":" + aad
 
 
 def new_entry(key_id: str) -> str:

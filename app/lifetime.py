@@ -146,15 +146,18 @@ async def _check_quota(settings: Settings, workspaces: WorkspaceStore) -> None:
 
 
 async def _check_schema(platform: PlatformDatabase) -> None:
-    """Refuse a schema that this code was not written for, and a platform without its reserved tenant."""
-    expected = migration.head()
+    """Refuse a schema that this code does not work on, and a platform without its reserved tenant."""
     async with platform.transaction() as session:
         try:
-            actual = await session.scalar(text("select version_num from alembic_version"))
+            # Whole, since only newer ones have `works_from`.
+            told = await session.scalar(text("select to_jsonb(v) from alembic_version v")) or {}
         except ProgrammingError:  # there is no such table; what else is wrong is told as it is
-            actual = None
-    if actual != expected:
-        raise ConfigurationError(f"The database's schema is {actual}, this code needs {expected}: `bulkhead migrate`.")
+            told = {}
+    version = told.get("version_num")
+    if reason := migration.refusal(version, told.get("works_from")):
+        raise ConfigurationError(reason)
+    if version != (own := migration.head()):
+        _log.warning("schema.newer", schema=version, code=own)
     async with platform.transaction() as session:
         found = await session.scalar(text("select 1 from tenants where id = :id"), {"id": PLATFORM_TENANT})
     if found is None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from functools import partial
 
 import uvicorn
-from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp
 
+from app.connections import Bounds, Connection, Crowd, is_worth_a_line
 from app.errors import ConfigurationError
-
-_MAX_HEAD_BYTES: Final = 64 * 1024
 
 
 @contextmanager
@@ -52,29 +51,6 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if host.version == 6 else f"http://{host}:{port}"
 
 
-class BoundedHead(HttpToolsProtocol):
-    """Closes a connection whose request line and headers pass 64 KiB; httptools keeps whatever comes."""
-
-    _head_bytes: int | None = None
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head_bytes = 0
-        # For whoever sends to a client that does not read: closing would wait until it does.
-        self.scope["extensions"] = {"bulkhead.abort": self.transport.abort}  # type: ignore[dict-item]  # a name of ours
-
-    def on_headers_complete(self) -> None:
-        self._head_bytes = None
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_bytes is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response("The request's head is too large.")
-
-
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -83,16 +59,20 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(
-    app: FastAPI, listener: socket.socket, *, drain_s: int | None = None
+    app: ASGIApp, listener: socket.socket, *, drain_s: int | None = None, bounds: Bounds | None = None
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Serve inside the block, without the lifespan; yields the task that serves.
 
     Leaving the block waits for answers under way, for at most `drain_s` seconds.
     """
+    bounds = bounds or Bounds()
+    crowd = Crowd(bounds)
+    logging.getLogger("uvicorn.error").addFilter(is_worth_a_line)
     server = _Server(
         uvicorn.Config(
             app,
-            http=BoundedHead,
+            http=partial(Connection, crowd),  # type: ignore[arg-type]  # it is only called
+            ws="none",  # else any package that speaks WebSocket would be asked for answers that pass the edge by
             lifespan="off",
             log_config=None,
             log_level="warning",
@@ -100,8 +80,11 @@ async def listening(
             server_header=False,
             proxy_headers=False,  # any caller on this machine could choose the address that the record names
             timeout_graceful_shutdown=drain_s,
+            timeout_keep_alive=bounds.keep_alive_s,
         )
     )
+    keeping = asyncio.create_task(crowd.keep(), name="connections")
+    keeping.add_done_callback(lambda _: setattr(server, "should_exit", True))  # without bounds nothing is served
     task = asyncio.create_task(server.serve([listener]))
     try:
         while not (server.started or task.done()):  # noqa: ASYNC110  uvicorn offers no event to wait for
@@ -110,3 +93,5 @@ async def listening(
     finally:
         server.should_exit = True
         await task
+        keeping.cancel()
+        await asyncio.wait({keeping})

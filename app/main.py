@@ -10,14 +10,15 @@ from uuid import UUID
 from fastapi import FastAPI, Request
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import operations, parts, problems, replays
+from app import api_docs, operations, parts, problems, replays
 from app.audit import endpoints as audit_endpoints
 from app.audit.events import Event, EventType
 from app.audit.outbox import Outbox
 from app.auth import endpoints as auth_endpoints
 from app.caller import PLATFORM_TENANT
+from app.checklist import endpoints as checklist_endpoints
 from app.db import DatabaseUrls
-from app.edge import Edge
+from app.edge import Edge, trusted_hosts
 from app.errors import AppError
 from app.lifetime import alive
 from app.limits import endpoints as limit_endpoints
@@ -45,6 +46,7 @@ _ROUTERS: Final = (
     model_endpoints.router,
     limit_endpoints.router,
     *server_endpoints.routers,
+    checklist_endpoints.router,
     operations.probes,
     operations.router,
 )
@@ -61,18 +63,27 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the Host header says
-        responses=problems.responses(429, 500, 503),  # what any route may have to say
+        responses=problems.responses(400, 429, 500, 503),  # what any route may have to say
         lifespan=_lifespan,
     )
     labels.show_tenants(settings.metrics_tenants)
     metrics.begin(app.version, templates.names())
     app.add_middleware(Observed)
     app.add_middleware(Refusals)
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(
+        Edge,
+        max_body_bytes=settings.max_body_bytes,
+        max_json_depth=settings.max_json_depth,
+        trusted_proxies=settings.trusted_proxies,
+        hosts=trusted_hosts(settings),
+        has_tls=settings.tls_in_front,
+    )
     problems.install(app, failed=_record_failure)
     replays.install(app)
     for router in _ROUTERS:
         app.include_router(router)
+    if settings.api_docs:
+        app.include_router(api_docs.router)
     meter = Instrumentator(excluded_handlers=["/metrics", "/healthz", "/readyz"])
     meter.add(metrics.count_http).add(metrics.count_query).instrument(app)
     for name, part in parts.build(settings, urls, sandbox, rehearsal).items():

@@ -58,6 +58,25 @@ def head() -> str | None:
     return ScriptDirectory.from_config(_config(None)).get_current_head()
 
 
+def refusal(version: str | None, works_from: str | None) -> str | None:
+    """Why this code may not serve on a schema that says so of itself, or None where it may.
+
+    A schema that is newer works as long as it names, as the oldest code that works on it, a revision that this code
+    knows. Which are there is all that counts: what came later has a name that this code cannot compare.
+    """
+    scripts = ScriptDirectory.from_config(_config(None))
+    known = {script.revision for script in scripts.walk_revisions()}
+    expected = scripts.get_current_head()
+    if version == expected or (version is not None and version not in known and works_from in known):
+        return None
+    if version is None or version in known:
+        return f"The database's schema is {version}, this code needs {expected}: `bulkhead migrate`."
+    return (
+        f"The database's schema is {version}, which works with code from {works_from or version} on; this is code of"
+        f" {expected}: use a newer release."
+    )
+
+
 def _config(urls: DatabaseUrls | None) -> Config:
     config = Config(attributes={"urls": urls})
     config.set_main_option("script_location", str(_HERE))

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import State
+from starlette.responses import PlainTextResponse
 
 from app.auth.dependencies import counted_by_address
 from app.db import Database
@@ -101,7 +102,7 @@ async def read_description(request: Request) -> dict[str, Any]:
     return description
 
 
-@probes.get("/metrics", summary="Prometheus metrics", responses=responses(401))
+@probes.get("/metrics", summary="Prometheus metrics", responses=responses(401), response_class=PlainTextResponse)
 async def read_metrics(request: Request) -> Response:
     """For the bearer of the metrics token; without one set, for nobody."""
     token = request.app.state.settings.metrics_token

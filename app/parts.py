@@ -13,9 +13,10 @@ from app.audit.heads import HeadFile
 from app.audit.outbox import Outbox
 from app.audit.retention import Retention
 from app.audit.sealer import Sealer
-from app.audit.signing import Signers
+from app.audit.signing import Signers, read_keys
 from app.auth import jwks
 from app.auth.service import Authenticator
+from app.checklist.service import Checklist
 from app.cursors import Cursors
 from app.db import Database, DatabaseUrls, create_engine
 from app.errors import ConfigurationError
@@ -33,17 +34,12 @@ from app.platform_db import PlatformDatabase
 from app.policies.caps import Caps
 from app.policies.turns import Turns
 from app.policies.versions import PolicyCache
-from app.runs.budgets import Budgets
-from app.runs.chats import Chats
+from app.runs.agent.chats import Chats
+from app.runs.lifecycle.budgets import Budgets
 from app.runs.redaction import Redactor
 from app.sandbox.cgroup_search import NoCgroups
 from app.sandbox.choice import ProbedSandbox
-from app.secrets.locators import ENVIRONMENT_PREFIX
-from app.secrets.providers.aws import SecretsManager
-from app.secrets.providers.azure import KeyVaults
-from app.secrets.providers.environment import Environment
-from app.secrets.providers.file import Files
-from app.secrets.providers.vault import Vault
+from app.secrets.providers import configured
 from app.secrets.store import TenantSecrets
 from app.servers import installs, templates
 from app.servers.egress import Egress
@@ -53,7 +49,7 @@ from app.servers.pool import ServerPool
 from app.servers.relay import EgressRelay
 from app.servers.starting import Premises, Starter
 from app.servers.tenant_servers import TenantServers
-from app.settings import Settings, tenants_variables
+from app.settings import Settings
 from app.telemetry.traces import Off, Tracer, headers
 from app.tenants.discarding import Discarding
 from app.tenants.forgetting import Forgetting
@@ -105,13 +101,27 @@ def build(
         "remembered": Forgetting(watching, policies["policies"], runs["executor"], secrets),
         "secrets": secrets,
         "relay": relay,
-        "sandbox": sandbox,
+        **_build_checklist(settings, urls, sandbox, serving, is_demo=rehearsal is not None),
         "database": database,
         "platform": platform,
         "watching": watching,
         "identities": identities,
         "outbound": (outbound, key_client),
     }
+
+
+def _build_checklist(
+    settings: Settings, urls: DatabaseUrls, sandbox: ProbedSandbox, serving: Mapping[str, Any], *, is_demo: bool
+) -> dict[str, Any]:
+    """The checklist, and the sandbox that it attacks."""
+    refusal = serving["workspaces"].writable_refusal
+    return {"sandbox": sandbox, "checklist": Checklist(settings, urls, sandbox, is_demo, refusal)}
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigurationError for settings that nothing can be built with, before the database is asked anything."""
+    _checked_models(settings, None)
+    _keyring(settings)
 
 
 def _build_process(settings: Settings) -> dict[str, Any]:
@@ -203,24 +213,11 @@ def _build_egress(
 def _build_secrets(
     settings: Settings, database: Database, platform: PlatformDatabase, keyring: Keyring
 ) -> TenantSecrets:
-    token = settings.secrets_vault_token
-    vault = Vault(
-        settings.secrets_vault_url,
-        token=token.get_secret_value() if token else None,
-        token_file=settings.secrets_vault_token_file,
-        namespace=settings.secrets_vault_namespace,
-    )
     return TenantSecrets(
         database=database,
         platform=platform,
         keyring=keyring,
-        providers={
-            "environment": Environment(tenants_variables(ENVIRONMENT_PREFIX)),
-            "file": Files(settings.secrets_dir),
-            "aws": SecretsManager(settings.secrets_aws_endpoint),
-            "azure": KeyVaults(settings.secrets_azure_vaults),
-            "vault": vault,
-        },
+        providers=configured.from_settings(settings),
         ttl_s=settings.secrets_ttl_s,
     )
 
@@ -276,7 +273,8 @@ def _build_servers(
 def _build_sealing(settings: Settings, urls: DatabaseUrls, keyring: Keyring, database: Database) -> dict[str, Any]:
     sealing = Database(create_engine(urls.sealer, pool_size=4))
     own = settings.audit_keys
-    signers = Signers(Keyring.parse(own.get_secret_value()) if own else keyring)
+    retired = read_keys(settings.audit_retired_keys_file) if settings.audit_retired_keys_file else None
+    signers = Signers(Keyring.parse(own.get_secret_value()) if own else keyring, retired=retired)
     heads = HeadFile(sealing, settings.audit_heads_file, keys=signers.public, every_s=settings.audit_heads_s)
     sealer = Sealer(sealing, signers, every_s=settings.audit_seal_s)
     days = settings.audit_retention_days

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from app.db import connections, in_trace
@@ -15,6 +17,7 @@ class PlatformDatabase:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        event.listen(engine.sync_engine, "connect", _bound)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -34,3 +37,14 @@ class PlatformDatabase:
     async def dispose(self) -> None:
         """Close every pooled connection."""
         await self._engine.dispose()
+
+
+def _bound(connection: DBAPIConnection, _record: object) -> None:
+    """As a tenant's transaction is: a process that stalls in the middle loses its locks, here those of many tenants.
+
+    Once a connection, since each request begins with such a transaction; a pooler between may let go of it.
+    """
+    cursor = connection.cursor()
+    cursor.execute("set idle_in_transaction_session_timeout = '30s'")
+    cursor.close()
+    connection.commit()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
 from slowapi.errors import RateLimitExceeded
 from sqlalchemy.exc import DBAPIError
@@ -21,15 +22,10 @@ from app.errors import AppError, Fault, Invalid, NotFound, TooLarge, Unavailable
 
 _log = structlog.get_logger()
 _DOCS: Final = "docs/errors.md#"
+# Of a request that is not valid: so many faults are told, and so much of the name of each member.
+_FAULTS: Final = 50
+_NAME: Final = 100
 _REFERENCE: Final = "#/components/schemas/{model}"
-# Closes what we do not use, on every answer: the edge adds them, but to what its own server says of a crash.
-SECURITY_HEADERS: Final = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
 
 
 class FaultOut(BaseModel):
@@ -89,11 +85,11 @@ def install(app: FastAPI, *, failed: Callable[[Request, AppError, Exception], No
                 request.state.rate_headers = await request.app.state.gate.count(request.state.address)
             except RateLimitExceeded as refused:
                 return rate_limited(request, refused)
-        return render(request, Invalid(faults=[_fault(item) for item in error.errors()]))
+        return render(request, Invalid(faults=_faults(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return render(request, _from_http(error))
+        return render(request, _from_http(request, error))
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(_request: Request, _error: ClientDisconnect) -> Response:
@@ -126,7 +122,8 @@ def _install_failures(app: FastAPI, failed: Callable[[Request, AppError, Excepti
         problem = AppError()
         failed(request, problem, error)
         answer = render(request, problem)
-        answer.headers.update(SECURITY_HEADERS | {"X-Request-Id": request.state.request_id})
+        # It is made outside of the edge, which adds them to all others.
+        answer.headers.update({**request.state.closing, "X-Request-Id": request.state.request_id})
         return answer
 
 
@@ -152,7 +149,7 @@ def rate_limited(request: Request, error: RateLimitExceeded) -> JSONResponse:
     return render(request, _RateLimited(error))
 
 
-def _from_http(error: HTTPException) -> AppError:
+def _from_http(request: Request, error: HTTPException) -> AppError:
     match error.status_code:
         case 400:  # FastAPI's word for a body that is no text or is nested too deeply; the other faults are 422
             return Invalid("The body cannot be read as JSON.")
@@ -160,8 +157,27 @@ def _from_http(error: HTTPException) -> AppError:
             return NotFound()
         case 413:
             return TooLarge()
-    code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
-    return _Http(error.status_code, code, error.headers)
+        case 422:
+            return Invalid(error.detail)
+        case 405:
+            return _Http(405, "method_not_allowed", {"Allow": _allowed(request)})
+    return _Http(error.status_code, "invalid_request", error.headers)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of a path: the framework names those of the first of its routes."""
+    routes = [
+        (route.path, route.methods or set())
+        for route in iter_route_contexts(request.app.routes)
+        if (pattern := getattr(route, "path_regex", None)) and pattern.match(request.url.path)
+    ]
+    return ", ".join(sorted({method for path, methods in routes if path == routes[0][0] for method in methods}))
+
+
+def _faults(items: Sequence[Mapping[str, Any]]) -> list[Fault]:
+    """The first of them: a body may have a fault in every few bytes, and its answer must not be larger than it is."""
+    faults = [_fault(item) for item in items[:_FAULTS]]
+    return faults + [Fault("", f"and {len(items) - _FAULTS} more")] * (len(items) > _FAULTS)
 
 
 def _fault(item: Mapping[str, Any]) -> Fault:
@@ -170,7 +186,7 @@ def _fault(item: Mapping[str, Any]) -> Fault:
         return Fault("/body", f"is not JSON: the fault is at character {item['loc'][-1]}")
     if item["type"] == "model_attributes_type" and tuple(item["loc"]) == ("body",):
         return Fault("/body", "must be a JSON object, sent with Content-Type: application/json")
-    return Fault("/" + "/".join(str(part) for part in item["loc"]), str(item["msg"]))
+    return Fault("/" + "/".join(str(part)[:_NAME] for part in item["loc"]), str(item["msg"]))
 
 
 def render(request: Request, error: AppError) -> JSONResponse:

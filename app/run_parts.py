@@ -12,24 +12,24 @@ from app.keyring import Keyring
 from app.limits.queue import RunQueue
 from app.platform_db import PlatformDatabase
 from app.policies.versions import PolicyCache
-from app.runs.backtests import Backtests
-from app.runs.budgets import Budgets
-from app.runs.chats import Chats
-from app.runs.closing import Closing
-from app.runs.conversation_retention import ConversationRetention
+from app.runs.agent.chats import Chats
+from app.runs.agent.executor import Executor
+from app.runs.approvals.expiry import expire
+from app.runs.approvals.reviews import Reviews
+from app.runs.backtests.service import Backtests
+from app.runs.conversations.retention import ConversationRetention
 from app.runs.dispatch import Dispatch
-from app.runs.erased import end_idle_runs
-from app.runs.event_retention import EventRetention
-from app.runs.events import Events
-from app.runs.executor import Executor
-from app.runs.expiry import expire
-from app.runs.following import Following
-from app.runs.journal import Journal
-from app.runs.opening import Opening
+from app.runs.events.following import Following
+from app.runs.events.log import Events
+from app.runs.events.retention import EventRetention
+from app.runs.lifecycle.budgets import Budgets
+from app.runs.lifecycle.closing import Closing
+from app.runs.lifecycle.erased import end_idle_runs
+from app.runs.lifecycle.journal import Journal
+from app.runs.lifecycle.opening import Opening
 from app.runs.redaction import Redactor
-from app.runs.reviews import Reviews
+from app.runs.repeats.twins import Twins
 from app.runs.service import RunService
-from app.runs.twins import Twins
 from app.runs.watch import Watch
 from app.settings import Settings
 
@@ -75,8 +75,6 @@ def build(on: Ground) -> dict[str, Any]:
         attempts=settings.run_attempts,
     )
     runs = RunService(
-        database=database,
-        keyring=on.keyring,
         opening=opening,
         executor=executor,
         closing=Closing(database=database, journal=journal, budgets=on.budgets, dispatch=dispatch),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+import structlog
 from starlette.datastructures import State
 
 from app.db import DatabaseUrls
+from app.edge import bounds
+from app.exposure import is_beyond_loopback
 from app.listening import listening
 from app.main import create_app
 from app.outbound.catalogue import ModelEndpoint
@@ -18,6 +22,7 @@ from app.runs.service import RunService
 from app.sandbox.choice import ProbedSandbox
 from app.settings import Settings
 
+_log = structlog.get_logger()
 # For answers that are being sent; runs have had their time before.
 _ANSWERING_S: Final = 5
 
@@ -37,17 +42,22 @@ async def serving(
     The lifespan is entered here and not by uvicorn, which would log its errors and say no more. With `works` it also
     executes background runs, and does not wait for runs as it ends: it is all that this machine runs.
     """
+    if is_beyond_loopback(listener) and not (settings.trusted_hosts or settings.public_url):
+        _log.warning("edge.no_public_name", remedy="Set BULKHEAD_TRUSTED_HOSTS or BULKHEAD_PUBLIC_URL.")
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})  # which may have been any free one
     app = create_app(settings, urls=urls, sandbox=sandbox, rehearsal=rehearsal)
     drain_s = 0 if works else settings.drain_s
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
-        server = await stack.enter_async_context(listening(app, listener, drain_s=_ANSWERING_S))
+        server = await stack.enter_async_context(
+            listening(app, listener, drain_s=_ANSWERING_S, bounds=bounds(settings))
+        )
         stack.push_async_callback(drain, app.state, drain_s)
         if works:
             from app.worker import at_work  # noqa: PLC0415  another engine and driver, which only a worker loads
 
             await stack.enter_async_context(at_work(app.state, urls, drain_s=drain_s))
+        gc.freeze()  # what is there now stays, and no collection stops everybody to look through it
         yield server
 
 

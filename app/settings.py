@@ -14,17 +14,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 __all__ = ["Settings", "SettingsError", "unknown_names"]  # the command explains the errors of the library
 
-# mcp-use would send queries and answers to two hosts, langsmith traces: both decide when they are imported.
-_SILENCED: Final = {
-    "MCP_USE_ANONYMIZED_TELEMETRY": "false",
-    "LANGSMITH_TRACING": "false",
-    "LANGSMITH_TRACING_V2": "false",
-    "LANGCHAIN_TRACING_V2": "false",
-}
-os.environ.update(_SILENCED)
-# OpenTelemetry reads dozens of these on its own: where traces go, and what is in them, is said here alone.
-for _name in [name for name in os.environ if name.startswith("OTEL_")]:
-    del os.environ[_name]
 # What the demo writes for clients, who may have read it into the shell that starts the service.
 _OF_CLIENTS: Final = frozenset(
     f"BULKHEAD_{name}"
@@ -32,6 +21,7 @@ _OF_CLIENTS: Final = frozenset(
 )
 # Secrets of tenants that an operator keeps in the environment are named so.
 _OF_TENANTS: Final = "BULKHEAD_SECRET_"
+_HOST_NAME: Final = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])$"
 _RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
 
 
@@ -63,7 +53,28 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     # How others know this service: the issuer of the identities that remote tool servers are told.
     public_url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:/_~-]+[A-Za-z0-9]$")] | None = None
+    # Says that a proxy with TLS stands in front: without it nothing is served beyond loopback.
+    tls_in_front: bool = False
+    # By which names requests may come, without ports; empty: loopback's, and the host of the public URL.
+    trusted_hosts: Annotated[tuple[Annotated[str, Field(pattern=_HOST_NAME)], ...], NoDecode] = ()
+    # The page /docs, which lets people read and try the API.
+    api_docs: bool = True
+
+    # What a request may be, before anybody knows who sends it: bytes, and levels within each other of JSON.
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
+    max_json_depth: Annotated[int, Field(ge=8, le=500)] = 64
+    max_url_bytes: Annotated[int, Field(ge=1024, le=65536)] = 8192
+    max_headers: Annotated[int, Field(ge=20, le=1000)] = 100
+    max_head_bytes: Annotated[int, Field(ge=4096, le=1_048_576)] = 65_536
+    # How long its head may take, the next 64 KiB of its body, and a client to read as much of an answer.
+    head_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10
+    body_timeout_s: Annotated[float, Field(gt=0, le=300)] = 30
+    send_timeout_s: Annotated[float, Field(gt=0, le=300)] = 30
+    # How long a connection stays open between two requests.
+    keep_alive_s: Annotated[int, Field(ge=1, le=3600)] = 5
+    # Connections that are open at once, in all and of one address that is no trusted proxy's.
+    connections_max: Annotated[int, Field(ge=16)] = 4000
+    connections_per_address: Annotated[int, Field(ge=4)] = 500
     # How long a run goes on after its client has gone, in seconds.
     client_grace_s: Annotated[float, Field(ge=0)] = 30
 
@@ -79,6 +90,8 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = None
     # Keys of the same form, from which those follow that sign the audit chain; without them the root keys are used.
     audit_keys: SecretStr | None = None
+    # Public keys of signing keys that are gone, as `bulkhead audit keys` prints them: what they signed still holds.
+    audit_retired_keys_file: FilePath | None = None
     # How often what has been recorded is chained, in seconds.
     audit_seal_s: Annotated[float, Field(gt=0, le=60)] = 1
     # Where the signed heads of all chains are appended, and how often, in seconds.
@@ -216,7 +229,8 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _split_names(cls, values: dict[str, object]) -> dict[str, object]:
-        for field in ("model_names", "secrets_azure_vaults", "trusted_proxies", "metrics_tenants", "trace_models"):
+        lists = ("model_names", "secrets_azure_vaults", "trusted_proxies", "trusted_hosts", "metrics_tenants")
+        for field in (*lists, "trace_models"):
             names = values.get(field)
             if isinstance(names, str):
                 values = values | {field: tuple(part.strip() for part in names.split(",") if part.strip())}

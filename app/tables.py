@@ -9,9 +9,9 @@ from app.idempotency import models as idempotency
 from app.limits import models as limits
 from app.model_endpoints import models as model_endpoints
 from app.policies import models as policies
-from app.runs import conversation_models as conversations
-from app.runs import event_models as run_events
 from app.runs import models as runs
+from app.runs.conversations import models as conversations
+from app.runs.events import models as run_events
 from app.secrets import models as secrets
 from app.servers import models as servers
 from app.tenants import models as tenants

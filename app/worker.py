@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import lifetime, operations, parts, problems
 from app.db import Database, DatabaseUrls
-from app.edge import Edge
+from app.edge import Edge, bounds
 from app.errors import AppError, ConfigurationError
 from app.listening import listening
 from app.platform_db import PlatformDatabase
@@ -238,9 +239,10 @@ async def working(
     app = _probed(settings, urls, sandbox)
     async with (
         lifetime.alive(app.state, keeps_record=False),
-        listening(app, listener, drain_s=1),
+        listening(app, listener, drain_s=1, bounds=bounds(settings)),
         at_work(app.state, urls, drain_s=settings.drain_s) as task,
     ):
+        gc.freeze()  # as in app/serving.py
         yield task
 
 
@@ -249,7 +251,12 @@ def _probed(settings: Settings, urls: DatabaseUrls, sandbox: ProbedSandbox) -> F
     app = FastAPI(title="Bulkhead worker", version="0.1.0", openapi_url=None, docs_url=None, redoc_url=None)
     labels.show_tenants(settings.metrics_tenants)
     metrics.begin(app.version, templates.names())
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(
+        Edge,
+        max_body_bytes=settings.max_body_bytes,
+        trusted_proxies=settings.trusted_proxies,
+        has_tls=settings.tls_in_front,
+    )
     problems.install(app, failed=_tell)
     app.include_router(operations.probes)
     for name, part in parts.build(settings, urls, sandbox, None).items():

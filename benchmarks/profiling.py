@@ -37,12 +37,12 @@ _OUTERMOST: Final = f"{ROOT}/app/cli.py"  # on every stack
 _STEPS: Final = {
     "authenticate": "app/auth/service.py:authenticate",
     "rate limit": "app/limits/rates.py:hit",
-    "begin: transaction": "app/runs/service.py:_open",
-    "model turns": "app/runs/agent.py:_agenerate",
-    "decide": "app/runs/gate.py:_decide",
-    "decision: transaction": "app/runs/journal.py:record",
-    "tool server": "app/runs/executor.py:_call_server",
-    "finish: transaction": "app/runs/service.py:_finish",
+    "begin: transaction": "app/runs/lifecycle/opening.py:begin",
+    "model turns": "app/runs/agent/governed.py:_agenerate",
+    "decide": "app/runs/agent/gate.py:_decide",
+    "decision: transaction": "app/runs/lifecycle/journal.py:record",
+    "tool server": "app/runs/agent/executor.py:_call_server",
+    "finish: transaction": "app/runs/lifecycle/closing.py:finish",
     "watch over runs": "app/runs/watch.py:keep",
 }
 _SHOWN: Final = 20

@@ -28,6 +28,8 @@ from benchmarks.run_cost import workplace
 from benchmarks.subjects import Bulkhead, Documents, bulkhead
 
 _SETTINGS: Final = {
+    "BULKHEAD_CONNECTIONS_MAX": "25000",
+    "BULKHEAD_CONNECTIONS_PER_ADDRESS": "25000",
     "BULKHEAD_STREAMS_MAX": "20000",
     "BULKHEAD_STREAMS_PER_USER": "20000",
     "BULKHEAD_STREAM_SEND_S": "5",
@@ -113,7 +115,7 @@ async def _open(service: Bulkhead, method: str, path: str) -> tuple[asyncio.Stre
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
     key = service.client("BULKHEAD_API_KEY").headers["authorization"]
     body = json.dumps({"query": "Tell me something."}).encode() if method == "POST" else b""
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nAccept: text/event-stream\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {key}\r\nAccept: text/event-stream\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     return reader, writer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
@@ -19,12 +20,16 @@ from app import migration
 from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
 from app.servers.filesystem import template
-from tests.runs.faults import ScriptedModel, scripted_model
+from tests.runs.faults import RawModel, ScriptedModel, raw_model, scripted_model
 from tests.servers.hostile import SCRIPT
 from tests.service import Databases, Service, running_service
 
 # The embedded Postgres of a test may lose its data with the machine: speed over durability, in tests alone.
 _OPTIONS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
+
+# Imports and the collection of tests make objects by the million that stay: the collector need not look at them often,
+# and not at all once they are there.
+gc.set_threshold(50_000, 20, 20)
 
 # What services in this process log is not what a command under test prints.
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
@@ -41,6 +46,7 @@ _FIRST: Final = (
 )
 # What shares more than a module does: the machine's ports and cores, or servers that start slowly.
 _TOGETHER: Final = (
+    "tests/checklist/",
     "tests/machine/",
     "tests/faults/",
     "tests/restrictions/",
@@ -52,6 +58,11 @@ _TOGETHER: Final = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     items.sort(key=_place)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there to itself."""
+    gc.freeze()
 
 
 def _place(item: pytest.Item) -> int:
@@ -128,6 +139,13 @@ def hostile_servers() -> Iterator[None]:
 def scripted() -> Iterator[ScriptedModel]:
     """A model that says what it was told to, for the services of a module."""
     with scripted_model() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+async def raw() -> AsyncIterator[RawModel]:
+    """A model that writes the bytes that it was told to, for the services of a module."""
+    async with raw_model() as model:
         yield model
 
 

@@ -43,6 +43,12 @@ PUBLIC: Final = {
     Operation("GET", "/.well-known/bulkhead-audit-keys.json"),
     Operation("GET", "/openapi.json"),
     Operation("HEAD", "/openapi.json"),
+    # What every installation shows alike: nothing is in it that is not in the sources.
+    Operation("GET", "/docs"),
+    Operation("GET", "/docs/start.js"),
+    Operation("GET", "/docs/swagger-ui-bundle.js"),
+    Operation("GET", "/docs/swagger-ui.css"),
+    Operation("GET", "/docs/favicon.png"),
 }
 METRICS: Final = Operation("GET", "/metrics")
 # Who may call, in the words of the design and not in those of the code.
@@ -80,6 +86,7 @@ ROLES: Final = {
     Operation("GET", "/v1/usage"): {ADMIN, AUDITOR, USER},
     Operation("GET", "/v1/tenants/{tenant_id}/usage"): {PLATFORM},
     Operation("GET", "/v1/platform/usage"): {PLATFORM},
+    Operation("GET", "/v1/checklist"): {PLATFORM},
     Operation("GET", "/v1/models"): {ADMIN, AUDITOR, PLATFORM},
     Operation("GET", "/v1/platform/models"): {PLATFORM},
     Operation("POST", "/v1/platform/models"): {PLATFORM},

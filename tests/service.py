@@ -204,10 +204,21 @@ async def running_service(
     owner = create_engine(urls.owner or "", pool_size=2)
     platform_key = await bootstrap(Database(owner), Keyring.parse(chosen.root_keys.get_secret_value()))
     await owner.dispose()
+    async with started(chosen, urls, platform_key.text, works=works) as service:
+        yield service
+
+
+@asynccontextmanager
+async def started(
+    settings: Settings, urls: DatabaseUrls, platform_key: str, *, works: bool = False
+) -> AsyncIterator[Service]:
+    """Start a service on a database that is there, with its first admin."""
+    assert settings.metrics_token is not None
+    token, data_dir = settings.metrics_token.get_secret_value(), settings.data_dir
     async with AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(rehearsal())
         listener = stack.enter_context(bound("127.0.0.1", 0))
-        chosen = chosen.model_copy(update={"port": listener.getsockname()[1]})
+        chosen = settings.model_copy(update={"port": listener.getsockname()[1]})
         app = create_app(chosen, urls=urls, sandbox=await choose(chosen.sandbox), rehearsal=endpoint)
         await stack.enter_async_context(app.router.lifespan_context(app))
         await stack.enter_async_context(listening(app, listener))
@@ -219,5 +230,5 @@ async def running_service(
         stack.callback(app.state.twins.close)
         stack.push_async_callback(app.state.runs.close)  # before the connections that wait for their answers
         url = url_of(listener)
-        platform = await stack.enter_async_context(new_client(url, platform_key.text, Documented(app)))
+        platform = await stack.enter_async_context(new_client(url, platform_key, Documented(app)))
         yield Service(url, app, data_dir, urls, platform, token, stack)

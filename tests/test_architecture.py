@@ -153,8 +153,8 @@ def imports_environment(node: ast.ImportFrom) -> bool:
     return node.module in {"os", "posix"} and any(alias.name in ENVIRONMENT for alias in node.names)
 
 
-# The one reader, and programs of their own: what they are told comes there.
-PROGRAMS = {"app.settings", "app.sandbox.launcher", "app.servers.browser.authorities"}
+# The one reader, what quiets libraries for it, and programs of their own: what they are told comes there.
+PROGRAMS = {"app.settings", "app.silence", "app.sandbox.launcher", "app.servers.browser.authorities"}
 
 
 def test_only_settings_reads_the_environment() -> None:

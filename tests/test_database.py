@@ -20,13 +20,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from app import migration
 from app.db import Database, DatabaseUrls, create_engine, new_id
+from app.platform_db import PlatformDatabase
 from app.servers import quarantine
 from app.servers.quarantine import ServerQuarantined
 from app.servers.starting import Borrower
 from app.tables import metadata
 from tests.auth.forgery import Issuer
 from tests.grants import GRANTS
-from tests.runs.waiting import waiting_run
+from tests.runs.approvals.waiting import waiting_run
 from tests.service import Databases, Service, Tenant
 
 # The schema's own version belongs to nobody.
@@ -264,6 +265,11 @@ async def test_a_process_that_stalls_in_a_transaction_keeps_its_locks_for_no_lon
     async with engine.connect() as connection:
         assert await connection.scalar(setting) == "0", "the control"
     await engine.dispose()
+    platform = PlatformDatabase(create_engine(db.service.urls.platform, pool_size=1))
+    for _ in range(2):
+        async with platform.transaction() as session:
+            assert await session.scalar(setting) == "30s"
+    await platform.dispose()
 
 
 # Roles

@@ -15,10 +15,11 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import pytest
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
 import app
-from app import problems
+from app import connections, problems
 from app.audit.events import EventType
 from app.audit.vocabulary import VOCABULARY
 from app.auth.jwks import DevelopmentIssuer
@@ -77,7 +78,7 @@ def written(default: object) -> str:
 
 
 def test_every_setting_stands_in_the_reference_with_its_default() -> None:
-    table = {codes(name)[0]: default for name, default, _ in rows(page("settings.md").partition("## The guide")[0])}
+    table = {codes(name)[0]: default for name, default, _ in rows(page("settings.md").partition("\n## ")[0])}
     assert {name: "".join(codes(default)) for name, default in table.items()} == settings()
     assert {default for name, default in table.items() if not codes(default)} == {"none"}
 
@@ -131,8 +132,12 @@ def error_codes() -> dict[str, set[int]]:
     for ending in (*endings, state.cancelled(state.StopCause.USER)):
         if ending.code is not None:
             found.setdefault(ending.code, set()).add(ending.http_status)
-    for status in (400, 404, 405, 413):
-        refused = problems._from_http(HTTPException(status))
+    for refusal in vars(connections).values():
+        if isinstance(refusal, connections.Refusal):
+            found.setdefault(refusal.code, set()).add(refusal.status)
+    request = Request({"type": "http", "app": FastAPI(), "path": "/", "headers": [], "server": ("x", 80)})
+    for status in (400, 404, 405, 413, 422):
+        refused = problems._from_http(request, HTTPException(status))
         found.setdefault(refused.code, set()).add(refused.status)
     return found
 
@@ -196,16 +201,16 @@ def test_every_table_has_its_line_on_what_is_kept_of_an_erased_user() -> None:
 
 # Where a test sees those that it takes more to provoke.
 _SEEN_ELSEWHERE: Final = {
-    "approval.": "runs/test_approvals_path.py",
+    "approval.": "runs/approvals/test_path.py",
     "audit.": "audit/test_search.py",
     "auth.slowed": "limits/test_attempts.py",
     "auth.succeeded": "audit/test_ledger.py",
-    "conversation.": "runs/test_conversations.py",
+    "conversation.": "runs/conversations/test_conversations.py",
     "egress.": "servers/test_egress.py",
     "error.raised": "audit/test_ledger.py",
     "limit.exceeded": "limits/test_quotas.py",
     "query.refused": "audit/test_ledger.py",
-    "run.cancel_ordered": "runs/test_stops.py",
+    "run.cancel_ordered": "runs/lifecycle/test_stops.py",
     "run.given_back": "runs/test_background.py",
     "run.queued": "runs/test_background.py",
     "run.read": "audit/test_ledger.py",

@@ -29,6 +29,8 @@ CLOSED: Final = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
 }
 LEAK: Final = re.compile(r"Traceback|site-packages|/app/|\.py\b|asyncpg|sqlalchemy|postgres|sql", re.IGNORECASE)
 
@@ -77,9 +79,8 @@ async def test_a_body_that_does_not_declare_its_length_is_counted(tenant: Tenant
 async def test_a_declared_length_is_refused_before_a_byte_of_it_is_sent(service: Service, tenant: Tenant) -> None:
     url = httpx.URL(service.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    head = (
-        f"POST /query HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {tenant.user_key}\r\nContent-Length: 9999999999\r\n"
-    )
+    head = f"POST /query HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: Bearer {tenant.user_key}\r\n"
+    head += "Content-Length: 9999999999\r\n"
     writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode())
     assert b"413" in await asyncio.wait_for(reader.readline(), 5)
     writer.close()
@@ -182,9 +183,11 @@ async def test_a_page_has_between_1_and_200_lines(tenant: Tenant, limit: str) ->
     assert_problem(await tenant.admin.get("/v1/runs", params={"limit": limit}), 422, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/me/", "/v1/runs/", "/docs", "/v1//me", "/admin", "/v1/policies/1/x"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/me/", "/v1/runs/", "/docs/", "/v1//me", "/admin", "/v1/policies/1/x"]
+)
 async def test_what_is_not_there_is_a_problem_and_no_redirect(tenant: Tenant, path: str) -> None:
-    assert_problem(await tenant.admin.get(path, headers={"Host": "evil.example"}), 404, "not_found")
+    assert_problem(await tenant.admin.get(path), 404, "not_found")
 
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PUT", "PATCH", "DELETE", "GET", "BREW"])
@@ -212,6 +215,7 @@ async def test_no_other_origin_is_let_in(tenant: Tenant) -> None:
 
 
 async def test_every_answer_has_an_id_of_its_own_and_closing_headers(service: Service, tenant: Tenant) -> None:
+    run_id = (await tenant.user.ask("hello")).json()["run_id"]
     async with new_client(service.url, "nobody") as stranger:
         answers = [
             await tenant.user.get("/v1/me", headers={"X-Request-Id": "chosen-by-the-caller"}),
@@ -221,10 +225,17 @@ async def test_every_answer_has_an_id_of_its_own_and_closing_headers(service: Se
             await stranger.get("/healthz"),
             await stranger.get("/openapi.json"),
             await stranger.get("/nowhere"),
+            await stranger.get("/metrics"),
+            await stranger.get("/metrics", headers={"Authorization": f"Bearer {service.metrics_token}"}),
+            await stranger.put("/healthz"),
+            await tenant.admin.get(f"/v1/runs/{run_id}/events", headers={"Accept": "text/event-stream"}),
         ]
-    assert [answer.status_code for answer in answers] == [200, 200, 204, 401, 200, 200, 404]
+    assert [answer.status_code for answer in answers] == [200, 200, 204, 401, 200, 200, 404, 401, 200, 405, 200]
+    assert answers[-1].headers["content-type"].startswith("text/event-stream")
     for answer in answers:
         assert_closed(answer)
+        assert "server" not in answer.headers
+        assert "strict-transport-security" not in answer.headers
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
 
 

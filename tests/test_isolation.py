@@ -18,7 +18,7 @@ from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
 from tests.auth.forgery import Issuer
 from tests.routes import ROLES, Operation
-from tests.runs.waiting import waiting_run
+from tests.runs.approvals.waiting import waiting_run
 from tests.service import POLICY, Client, Databases, Service, Tenant, running_service
 
 WITH_IDS: Final = sorted(operation for operation in ROLES if operation.parameters)

@@ -1,4 +1,7 @@
-"""The programs of the pages work: those of the README in their order, those of docs/runs.md on a line that breaks."""
+"""The programs of the pages work, block after block, each that has a comment `tested` above it.
+
+Here they run on a service of the test's own; tests/machine/test_walkthrough.py starts one as the pages say.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -19,20 +24,19 @@ from app.auth.jwks import DevelopmentIssuer
 from app.embedded.demo import Demo, read_env
 from app.runs.state import State
 from tests.breaking_line import breaking_line
+from tests.documents.blocks import blocks, commands
 from tests.runs.faults import TERMINAL
-from tests.service import Client, Databases, Service, running_service
+from tests.service import POLICY, Client, Databases, Service, Tenant, running_service
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-RUNS: Final = (ROOT / "docs" / "runs.md").read_text()
+NAMES: Final = ("quickstart", "api", "approvals", "conversations", "limits", "runs")
+PAGES: Final = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
+PAGES["README"] = (ROOT / "README.md").read_text()
+RUNS: Final = PAGES["runs"]
 LANGUAGES: Final = ("sh", "python", "js")
 NODE: Final = shutil.which("node")
 # Of each program: asked and waited, sent again, followed, in the background, approved, cancelled.
 QUERIES: Final = 6
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """What a page says is tested."""
-    return re.findall(rf"<!-- tested -->\n```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +77,22 @@ async def run(folder: Path, *command: str, **environment: str) -> str:
     return output.decode()
 
 
-async def run_shell(folder: Path, script: str) -> str:
-    return await run(folder, "bash", "-euo", "pipefail", "-c", script)
+async def run_page(folder: Path, page: str, **environment: str) -> list[str]:
+    """What each shell block of a page prints that is run, all in one shell; each command must end well."""
+    texts = commands(PAGES[page], "sh")
+    script = "\n".join(f"echo '=== block {number}'\n{text}\necho" for number, text in enumerate(texts))
+    output = await run(folder, "bash", "-euo", "pipefail", "-c", script, **environment)
+    outputs = output.split("=== block ")[1:]
+    assert len(outputs) == len(texts)
+    return outputs
 
 
 # The README
 
 
 async def test_the_commands_of_the_readme_work_in_their_order(folder: Path) -> None:
-    commands = blocks((ROOT / "README.md").read_text(), "sh")
-    script = "\n".join(f"echo '=== block {number}'\n{block}\necho" for number, block in enumerate(commands))
-    outputs = (await run_shell(folder, script)).split("=== block ")[1:]
-    assert len(outputs) == len(commands) > 10
+    outputs = await run_page(folder, "README")
+    assert len(outputs) > 10
     assert "pier 7" in outputs[0]
     assert "barometer" in outputs[1]
     assert "drafts-are-private" in outputs[2]
@@ -100,12 +108,92 @@ async def test_the_commands_of_the_readme_work_in_their_order(folder: Path) -> N
     assert "from six to ten" in outputs[11]
 
 
+async def test_the_commands_of_the_quickstart_show_what_it_says(folder: Path) -> None:
+    asked, published, denied, record, streamed, back = await run_page(folder, "quickstart")
+    assert "410 EUR" in asked
+    assert '"allow:docs__*"' in asked
+    assert '"version"' in published
+    assert "tariffs-are-for-sales" in denied
+    assert "410 EUR" not in denied
+    assert "pier 7" in denied, "what the rule does not name is allowed as before"
+    assert "tariffs-are-for-sales" in record
+    assert "410 EUR" not in record
+    assert "event: run.finished" in streamed
+    assert "410 EUR" in back
+
+
+# Pages whose commands are about what the reader has: a tenant, a run, an approval.
+
+
+async def test_the_commands_of_the_approvals_page_work(folder: Path, reader: Reader) -> None:
+    waiting = [await a_run_that_waits(reader.tenant) for _ in range(2)]
+    names = {"APPROVAL_ID": waiting[0][1], "OTHER_APPROVAL_ID": waiting[1][1], "BULKHEAD_KEY": reader.tenant.user_key}
+    (output,) = await run_page(folder, "approvals", **reader.names, **names)
+    assert waiting[0][1] in output
+
+
+async def test_the_commands_of_the_conversations_page_work(folder: Path, reader: Reader) -> None:
+    names = {"CONVERSATION": str(uuid4()), "BULKHEAD_KEY": reader.tenant.user_key}
+    (output,) = await run_page(folder, "conversations", **reader.names, **names)
+    assert output.count("succeeded") == 1
+
+
+async def test_the_commands_of_the_limits_page_work(service: Service, folder: Path, reader: Reader) -> None:
+    body = {"name": "priced", "base_url": "https://models.example/v1", "models": ["small"], "credential": "sk-none"}
+    endpoint = await service.platform.make("/v1/platform/models", json=body)
+    outputs = await run_page(folder, "limits", **reader.names, ENDPOINT_ID=endpoint["id"])
+    assert '"output":"0.4"' in outputs[0].replace(" ", "")
+    assert "tool" in outputs[1]
+
+
+# The last of them: it deletes the workspace.
+async def test_the_commands_of_the_api_page_work(service: Service, folder: Path, reader: Reader) -> None:
+    _, other, _ = await service.new_user(reader.tenant.id)
+    cursor = (await reader.tenant.admin.get("/v1/users", params={"limit": 1})).json()["next_cursor"]
+    tag = (await reader.tenant.admin.get("/v1/policies/published")).headers["ETag"]
+    run_id, _ = await a_run_that_waits(reader.tenant)
+    names = {"USER_ID": other["id"], "CURSOR": cursor, "VERSION": "1", "ETAG": tag, "RUN_ID": run_id}
+    outputs = await run_page(folder, "api", **reader.names, **names)
+    assert len(outputs) == 8
+    assert '"auditor"' in outputs[0]
+    assert "HTTP/1.1 202" in outputs[4]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A tenant, and the names that its pages' commands take from the environment."""
+
+    tenant: Tenant
+    names: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+async def reader(service: Service) -> Reader:
+    asking = POLICY.replace('["docs__*"]', '["docs__*"], approve: ["docs__file_info"]')
+    tenant = await service.new_tenant(policy=asking, files={"tariffs.md": "410 EUR"})
+    keys = {
+        "BULKHEAD_ADMIN_KEY": tenant.admin.headers["Authorization"],
+        "BULKHEAD_PLATFORM_KEY": service.platform.headers["Authorization"],
+        "BULKHEAD_USER_KEY": tenant.user_key,
+    }
+    names = {name: key.removeprefix("Bearer ") for name, key in keys.items()}
+    return Reader(tenant, {"BULKHEAD_URL": service.url, **names})
+
+
+async def a_run_that_waits(tenant: Tenant) -> tuple[str, str]:
+    """The run, and the approval that it waits for."""
+    query = {"query": "Tell the size and time of the last edit of tariffs.md"}
+    run_id = (await tenant.user.make("/v1/query", json=query))["run_id"]
+    (approval,) = (await tenant.user.get(f"/v1/runs/{run_id}")).json()["approvals"]
+    return run_id, approval
+
+
 # docs/runs.md
 
 
 def program(language: str) -> list[str]:
     """The command that runs all blocks of a language as one."""
-    text = "\n".join(blocks(RUNS, language))
+    text = "\n".join(commands(RUNS, language))
     if language == "python":
         return [sys.executable, "-c", text]
     if language == "js":
@@ -162,8 +250,8 @@ def test_the_page_has_each_program_in_each_language() -> None:
     tasks = RUNS.partition("## From a program")[2].split("\n### ")
     assert len(tasks) == 7
     for task in tasks[1:]:
-        assert [len(blocks(task, language)) for language in LANGUAGES] == [1, 1, 1], task.splitlines()[0]
-    assert RUNS.count("<!-- tested -->") == RUNS.count("```sh") + RUNS.count("```python") + RUNS.count("```js")
+        languages = [block.language for block in blocks(task) if block.is_tested]
+        assert languages == list(LANGUAGES), task.splitlines()[0]
 
 
 ARROWS: Final = re.findall(r"^    (\S+) --> ([^\s:]+)(?:: (.+))?$", RUNS, re.MULTILINE)

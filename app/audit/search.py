@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.events import EventType
 from app.audit.models import AuditEvent, Link
-from app.db import first_id_at
+from app.db import made_within
 
 # As the partial index has it, to the letter: Postgres proves nothing from a bound value.
 _NOT_ALLOWED: Final[ColumnElement[bool]] = literal_column("decision <> 'allowed'")
@@ -75,12 +75,7 @@ def _conditions(wanted: Wanted) -> Iterator[ColumnElement[bool]]:
         yield AuditEvent.actor_id == wanted.actor_id
     if wanted.run_id is not None:
         yield AuditEvent.run_id == wanted.run_id
-    if wanted.since is not None:
-        yield AuditEvent.at >= wanted.since
-        yield AuditEvent.id >= first_id_at(wanted.since - _SLACK)
-    if wanted.until is not None:
-        yield AuditEvent.at < wanted.until
-        yield AuditEvent.id < first_id_at(wanted.until + _SLACK)
+    yield from made_within(AuditEvent.at, AuditEvent.id, since=wanted.since, until=wanted.until, slack=_SLACK)
     if wanted.tool is not None:
         yield AuditEvent.tool == wanted.tool
     if wanted.decision is not None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from app.errors import ConfigurationError
 from app.keyring import Keyring, SecretKey
 
 KEYS_SCHEMA: Final = "bulkhead.audit.keys/1"
@@ -62,16 +65,28 @@ class PublicKeys:
         return key_id in self._keys
 
 
-class Signers:
-    """One Ed25519 key follows from each key of a keyring; that of the active one signs, all of them are published."""
+def read_keys(path: Path) -> PublicKeys:
+    """From a file, as `bulkhead audit keys` prints them; raise ConfigurationError."""
+    try:
+        return PublicKeys.read(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}).") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigurationError(f"{path} does not hold keys as `bulkhead audit keys` prints them.") from None
 
-    def __init__(self, keyring: Keyring) -> None:
+
+class Signers:
+    """One Ed25519 key follows from each key of a keyring; that of the active one signs, all of them are published.
+
+    `retired` are keys that sign no more, of which nobody here needs the private half: what they signed still holds.
+    """
+
+    def __init__(self, keyring: Keyring, *, retired: PublicKeys | None = None) -> None:
         self._private = _private(keyring.derive(_PURPOSE))
-        raws = [
-            _private(keyring.derive(_PURPOSE, key_id=name)).public_key().public_bytes_raw() for name in keyring.key_ids
-        ]
-        self.public = PublicKeys({key_id_of(raw): raw for raw in raws})
-        self.key_id = key_id_of(raws[0])
+        own = [_public(keyring.derive(_PURPOSE, key_id=name)) for name in keyring.key_ids]
+        known = {key_id_of(raw): raw for raw in own}
+        self.public = PublicKeys(known | dict(retired.raw if retired else {}))
+        self.key_id = key_id_of(own[0])
 
     def sign(self, document: bytes) -> Signature:
         """Sign with the active key; a document that names its key names `key_id`."""
@@ -82,6 +97,11 @@ class Signers:
         return self.public.verify(document, key_id=key_id, signature=signature)
 
 
+def follows_from(keyring: Keyring, key_id: str) -> str:
+    """The id of the signing key that follows from the named key of a keyring."""
+    return key_id_of(_public(keyring.derive(_PURPOSE, key_id=key_id)))
+
+
 def key_id_of(raw: bytes) -> str:
     """The first 16 hex digits of the SHA-256 of the raw public key."""
     return hashlib.sha256(raw).hexdigest()[:16]
@@ -89,6 +109,10 @@ def key_id_of(raw: bytes) -> str:
 
 def _private(key: SecretKey) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(key.mac("ed25519", b""))
+
+
+def _public(key: SecretKey) -> bytes:
+    return _private(key).public_key().public_bytes_raw()
 
 
 def _decoded(text: str) -> bytes:

@@ -62,6 +62,13 @@ _STUCK: Final = text("""
 select event_id, at from audit_pending
 where tenant_id = :tenant_id and at < now() - make_interval(secs => :patience_s) order by event_id limit 1
 """)
+_SIGNING_KEYS: Final = text("select key_id from audit_heads union select key_id from audit_checkpoints")
+_EARLIER: Final = text("""
+select seq, hash, signed_at, key_id, signature from audit_heads
+where tenant_id = :tenant_id
+  and seq <= (select max(seq) from audit_heads where tenant_id = :tenant_id) - :rows
+order by seq desc limit 1
+""")
 _LAST: Final = 2**63 - 1
 
 
@@ -81,6 +88,11 @@ async def tenants(connection: AsyncConnection) -> set[UUID]:
     return found
 
 
+async def signing_keys(connection: AsyncConnection) -> frozenset[str]:
+    """The ids of all keys that have signed what stands in the database; without one of them it does not verify."""
+    return frozenset(await connection.scalars(_SIGNING_KEYS))
+
+
 async def verify_tenant(
     connection: AsyncConnection, tenant_id: UUID, *, keys: PublicKeys, exported: Sequence[Signed] = ()
 ) -> Break | Held:
@@ -93,6 +105,19 @@ async def verify_tenant(
         return broken
     found = await _verify_rows(connection, tenant_id, verifier)
     return found if isinstance(found, Break) else await _outside(connection, tenant_id) or found
+
+
+async def verify_end(
+    connection: AsyncConnection, tenant_id: UUID, *, keys: PublicKeys, rows: int = 200
+) -> Break | Held:
+    """As `verify_tenant`, for about the last `rows` alone: from the head before them, whose signature vouches."""
+    verifier = Verifier(tenant_id, keys)
+    start = (await connection.execute(_EARLIER, {"tenant_id": tenant_id, "rows": rows})).one_or_none()
+    if start is None:
+        return await verify_tenant(connection, tenant_id, keys=keys)
+    verifier.follow(start.seq, start.hash)
+    head = Head(tenant_id, start.seq, start.hash, start.signed_at, start.key_id)
+    return verifier.expect([Signed(head, start.signature)]) or await _verify_rows(connection, tenant_id, verifier)
 
 
 async def _verify_rows(connection: AsyncConnection, tenant_id: UUID, verifier: Verifier) -> Break | Held:

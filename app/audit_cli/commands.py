@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.audit import stored
 from app.audit.exported import Unreadable, read_heads, verify_export
 from app.audit.retention import Retention
-from app.audit.signing import PublicKeys, Signers
+from app.audit.signing import PublicKeys, Signers, read_keys
 from app.audit.verify import Break, Held, Signed
 from app.audit_cli.ground import reached, read_settings
 from app.db import Database, DatabaseUrls, create_engine
@@ -159,21 +159,15 @@ def _heads(path: Path | None) -> Mapping[UUID, Sequence[Signed]]:
 
 
 def _keys(settings: Settings, path: Path | None) -> PublicKeys:
-    if path is None:
-        return _signers(settings).public
-    try:
-        return PublicKeys.read(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise _unread(path, error) from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ConfigurationError(f"{path} does not hold keys as `bulkhead audit keys` prints them.") from None
+    return _signers(settings).public if path is None else read_keys(path)
 
 
 def _signers(settings: Settings) -> Signers:
     keys = settings.audit_keys or settings.root_keys
     if keys is None:
         raise ConfigurationError("Set BULKHEAD_AUDIT_KEYS or BULKHEAD_ROOT_KEYS, or name a file with --keys.")
-    return Signers(Keyring.parse(keys.get_secret_value()))
+    retired = settings.audit_retired_keys_file
+    return Signers(Keyring.parse(keys.get_secret_value()), retired=read_keys(retired) if retired else None)
 
 
 def _unread(path: Path, error: OSError) -> ConfigurationError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -88,30 +88,19 @@ def requires(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     return with_scope
 
 
-async def _database(request: Request) -> Database:
-    database: Database = request.app.state.database
-    return database
+def of_app(name: str) -> Callable[[Request], Awaitable[Any]]:
+    """A dependency that gives the part of the application that has this name."""
+
+    async def part(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return part
 
 
-async def _keyring(request: Request) -> Keyring:
-    keyring: Keyring = request.app.state.keyring
-    return keyring
-
-
-async def _cursors(request: Request) -> Cursors:
-    cursors: Cursors = request.app.state.cursors
-    return cursors
-
-
-async def _platform(request: Request) -> PlatformDatabase:
-    platform: PlatformDatabase = request.app.state.platform
-    return platform
-
-
-ThePlatform = Annotated[PlatformDatabase, Depends(_platform)]
-TheDatabase = Annotated[Database, Depends(_database)]
-TheKeyring = Annotated[Keyring, Depends(_keyring)]
-TheCursors = Annotated[Cursors, Depends(_cursors)]
+ThePlatform = Annotated[PlatformDatabase, Depends(of_app("platform"))]
+TheDatabase = Annotated[Database, Depends(of_app("database"))]
+TheKeyring = Annotated[Keyring, Depends(of_app("keyring"))]
+TheCursors = Annotated[Cursors, Depends(of_app("cursors"))]
 _Key = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 _Tags = Annotated[str | None, Header(max_length=2000)]
 

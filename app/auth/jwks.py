@@ -32,6 +32,7 @@ from app.errors import ConfigurationError, Fault, Invalid, Unavailable
 Fetch = Callable[[str], Awaitable[bytes]]
 """Get a document by its URL; raises Unavailable for whatever goes wrong."""
 
+DEVELOPMENT_ISSUER: Final = "https://development.bulkhead.invalid"
 MAX_DOCUMENT_BYTES: Final = 128 * 1024
 _MAX_KID: Final = 255
 _MAX_ISSUERS: Final = 1_000
@@ -219,7 +220,7 @@ class JwksCache:
 class DevelopmentIssuer:
     """An issuer of our own for the demo: an ES256 key in a file that only its owner can read."""
 
-    def __init__(self, key_path: Path, *, issuer: str = "https://development.bulkhead.invalid") -> None:
+    def __init__(self, key_path: Path, *, issuer: str = DEVELOPMENT_ISSUER) -> None:
         """Load the key, making it first if there is none. Raise ConfigurationError if others can read it."""
         self.issuer = issuer
         self._key = _load_key(key_path)

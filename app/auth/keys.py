@@ -58,7 +58,17 @@ def fingerprint(keyring: Keyring, key: PlainKey) -> Mac:
 
 def matches(keyring: Keyring, key: PlainKey, *, stored: Mac) -> bool:
     """Compare in constant time; a fingerprint of an unknown key id never matches."""
-    return keyring.verify(_PURPOSE, key.text.encode(), key_id=stored.key_id, digest=stored.digest)
+    place = _place(key.lookup)
+    return keyring.verify(_PURPOSE, key.text.encode(), key_id=stored.key_id, digest=stored.digest, aad=place)
+
+
+def under_active(keyring: Keyring, stored: Mac, *, lookup: str) -> Mac:
+    """The fingerprint for the active root key, without the key's text; raise Unsealable for an unknown root key."""
+    return keyring.take_over(_PURPOSE, stored, aad=_place(lookup))
+
+
+def _place(lookup: str) -> bytes:
+    return b"api-key:" + lookup.encode()
 
 
 def _random(length: int) -> str:

@@ -17,7 +17,6 @@ from app.db import Database, DatabaseUrls, create_engine, database_urls
 from app.embedded.bootstrap import AlreadyBootstrapped, bootstrap
 from app.embedded.demo import Demo, read_env, write_env
 from app.embedded.postgres import EmbeddedPostgres
-from app.embedded.rehearsal import MODEL, rehearsal_app
 from app.errors import ConfigurationError
 from app.interruption import undisturbed
 from app.keyring import Keyring, new_entry
@@ -30,12 +29,15 @@ from app.servers import running
 from app.settings import Settings
 from app.tenants.images import unmount_below
 
-_OWN: Final = "machine.env"
+# Marks the keys that a machine makes for itself: app/exposure.py lets nobody else reach what has them.
+DEMO: Final = "demo"
+OWN_FILE: Final = "machine.env"
+PLATFORM_FILE: Final = "platform.env"
 # It costs nothing, but a demo shall show what a model would.
 _PRICES: Final = (PriceIn.model_validate({"from": "2026-01-01", "input": "0.4", "output": "1.6"}),)
 _PLATFORM_KEY: Final = "BULKHEAD_PLATFORM_KEY"
-# What else a start may have left before it wrote _OWN, or `bulkhead serve` without ever writing it.
-_KNOWN: Final = {"up.lock", f"{_OWN}.new", "workspaces", "volumes", "servers", "catalogue"}
+# What else a start may have left before it wrote OWN_FILE, or `bulkhead serve` without ever writing it.
+_KNOWN: Final = {"up.lock", f"{OWN_FILE}.new", "workspaces", "volumes", "servers", "catalogue"}
 
 
 class Machine:
@@ -73,7 +75,7 @@ class Machine:
             raise ConfigurationError(
                 f"{self.directory} cannot be used ({error.strerror}): set BULKHEAD_DATA_DIR to another directory."
             ) from None
-        if strangers and _OWN not in strangers:
+        if strangers and OWN_FILE not in strangers:
             raise ConfigurationError(
                 f"{self.directory} holds what Bulkhead did not make: set BULKHEAD_DATA_DIR to an empty directory."
             )
@@ -92,10 +94,10 @@ class Machine:
 
     def settings(self, settings: Settings) -> Settings:
         """The settings with what this machine makes for itself where the operator has set nothing."""
-        path = self.directory / _OWN
+        path = self.directory / OWN_FILE
         values = read_env(path)
         if not values:
-            values = {"ROOT_KEYS": new_entry("k1"), "METRICS_TOKEN": secrets.token_urlsafe(32)}
+            values = {"ROOT_KEYS": new_entry(DEMO), "METRICS_TOKEN": f"{DEMO}-{secrets.token_urlsafe(32)}"}
             write_env(path, values)
         return settings.model_copy(
             update={
@@ -131,7 +133,7 @@ class Machine:
 
     def is_made(self) -> bool:
         """True where `up` has been here."""
-        return (self.directory / _OWN).exists()
+        return (self.directory / OWN_FILE).exists()
 
     def stop_database(self) -> bool:
         """End the embedded Postgres, whoever started it; False where it did not run."""
@@ -142,7 +144,7 @@ class Machine:
 
     async def platform_key(self, urls: DatabaseUrls, keyring: Keyring) -> str:
         """The first admin's key, kept for the demo; raise ConfigurationError where it was made elsewhere."""
-        path = self.directory / "platform.env"
+        path = self.directory / PLATFORM_FILE
         key = read_env(path).get(_PLATFORM_KEY)
         if key is None:
             key = await _first_key(urls, keyring)
@@ -166,7 +168,7 @@ class Machine:
 
     def check_ours(self) -> None:
         """Raise ConfigurationError where the directory was not made by `bulkhead up`."""
-        if self.directory.exists() and not (self.directory / _OWN).exists():
+        if self.directory.exists() and not (self.directory / OWN_FILE).exists():
             raise ConfigurationError(f"{self.directory} was not made by Bulkhead, so it is not deleted.")
 
 
@@ -189,5 +191,7 @@ async def _first_key(urls: DatabaseUrls, keyring: Keyring) -> str:
 async def rehearsal() -> AsyncIterator[ModelEndpoint]:
     """The rehearsal model, served over real HTTP on a loopback port of its own."""
     with bound("127.0.0.1", 0) as listener:
+        from app.embedded.rehearsal import MODEL, rehearsal_app  # noqa: PLC0415  a web framework, for one command
+
         async with listening(rehearsal_app(), listener):
             yield ModelEndpoint(f"{url_of(listener)}/v1", "rehearsal-needs-no-key", (MODEL,), {MODEL: _PRICES})

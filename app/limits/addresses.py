@@ -30,6 +30,12 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
     return str(nearest)
 
 
+def is_trusted(peer: str, trusted: Sequence[Network]) -> bool:
+    """Whether a connection comes from a proxy that the operator trusts."""
+    found = _address(peer)
+    return found is not None and _is_in(found, trusted)
+
+
 def neighbourhood(address: str) -> str:
     """What is limited as one: an IPv4 address, or the /64 that one subscriber of IPv6 has at least."""
     found = _address(address)

@@ -31,7 +31,8 @@ router = APIRouter(tags=["usage"])
 _MAX_DAYS: Final = 366
 _ROWS_AT_ONCE: Final = 1_000
 # A spreadsheet takes a cell that begins with one of these for a formula.
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+# The wide ones, too: spreadsheets of some languages read them alike.
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _CSV: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 Transaction = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 

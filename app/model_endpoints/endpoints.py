@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, Field, SecretStr, StringConstraints, model_validator
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.auth.dependencies import OnlyOnce, Paging, TheIfMatch, TheKeyring, ThePlatform, paging, requires
+from app.auth.dependencies import OnlyOnce, Paging, TheIfMatch, TheKeyring, ThePlatform, of_app, paging, requires
 from app.caller import PLATFORM_TENANT, Caller
 from app.errors import Fault, Invalid
 from app.etags import tagged
@@ -108,17 +108,12 @@ class ModelsOut(Answer):
     items: list[ModelOut]
 
 
-async def _catalogue(request: Request) -> ModelCatalogue:
-    catalogue: ModelCatalogue = request.app.state.catalogue
-    return catalogue
-
-
 async def _allow_loopback(request: Request) -> bool:
     allowed: bool = request.app.state.settings.model_loopback
     return allowed
 
 
-TheCatalogue = Annotated[ModelCatalogue, Depends(_catalogue)]
+TheCatalogue = Annotated[ModelCatalogue, Depends(of_app("catalogue"))]
 AllowLoopback = Annotated[bool, Depends(_allow_loopback)]
 
 

@@ -20,7 +20,7 @@ from app.policies.engine import PinnedTool
 from app.policies.overrides import Terms
 from app.policies.tool_search import ToolIndex
 from app.policies.versions import ActivePolicy
-from app.runs.events import EventLog
+from app.runs.events.log import EventLog
 from app.runs.state import INTERRUPTED, STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnded
 
 UNKNOWN_TOOL: Final = "(unknown)"

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from app.audit import repository as audit
 from app.audit.aggregate import MinuteCounts
 from app.audit.events import Event, EventType
-from app.auth.dependencies import OnlyOnce, requires
+from app.auth.dependencies import OnlyOnce, of_app, requires
 from app.caller import Caller
 from app.db import Database
 from app.errors import Conflict
@@ -19,8 +19,8 @@ from app.idempotency.once import Once
 from app.limits.admission import Admission
 from app.policies.turns import Turns
 from app.policies.versions import ActivePolicy, PolicyCache
+from app.runs.repeats.twins import Twins
 from app.runs.service import RunService
-from app.runs.twins import Twins
 from app.scopes import Scope
 
 # Two names of one route.
@@ -34,24 +34,9 @@ class NoPolicy(Conflict):
     code = "no_policy"
 
 
-async def _runs(request: Request) -> RunService:
-    runs: RunService = request.app.state.runs
-    return runs
-
-
-async def _turns(request: Request) -> Turns:
-    turns: Turns = request.app.state.turns
-    return turns
-
-
-async def _twins(request: Request) -> Twins:
-    twins: Twins = request.app.state.twins
-    return twins
-
-
-TheRuns = Annotated[RunService, Depends(_runs)]
-TheTurns = Annotated[Turns, Depends(_turns)]
-TheTwins = Annotated[Twins, Depends(_twins)]
+TheRuns = Annotated[RunService, Depends(of_app("runs"))]
+TheTurns = Annotated[Turns, Depends(of_app("turns"))]
+TheTwins = Annotated[Twins, Depends(of_app("twins"))]
 Asker = Annotated[Caller, Depends(requires(Scope.RUNS_CREATE))]
 
 

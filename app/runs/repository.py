@@ -92,6 +92,15 @@ async def _leave(session: AsyncSession, run: RunContext, state: State, **values:
     return await session.scalar(statement.returning(Run.id)) is not None
 
 
+async def hold(session: AsyncSession, run: RunContext) -> bool:
+    """Let nobody end a run that this process executes, or take it up, before the transaction is over; False as above.
+
+    Before what else the transaction locks, as whoever ends runs does it.
+    """
+    is_ours = and_(Run.id == run.run_id, Run.state == State.RUNNING, Run.attempt == run.attempt)
+    return await session.scalar(select(Run.id).where(is_ours).with_for_update(read=True)) is not None
+
+
 async def requeue(session: AsyncSession, run_id: UUID) -> bool:
     """Queue a run that waited for approvals; False where it does not wait any more."""
     waits = and_(Run.id == run_id, Run.state == State.WAITING_APPROVAL)
@@ -148,10 +157,17 @@ async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, 
     return len(stopped)
 
 
-async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]], *, lease_s: float) -> None:
-    """Platform role: say that the process of these runs (run, attempt) lives."""
-    are_held = tuple_(Run.id, Run.attempt).in_(claims)
-    await session.execute(update(Run).where(are_held, Run.state == State.RUNNING).values(lease_until=_lease(lease_s)))
+async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]], *, lease_s: float) -> int:
+    """Platform role: say that the process of these runs (run, attempt) lives; give for how many that was said.
+
+    Not for one that a transaction holds: a process that stalls in it would keep all others from being renewed.
+    """
+    ours = and_(tuple_(Run.id, Run.attempt).in_(claims), Run.state == State.RUNNING)
+    free = select(Run.tenant_id, Run.id).where(ours).with_for_update(skip_locked=True, key_share=True).subquery()
+    is_free = and_(Run.tenant_id == free.c.tenant_id, Run.id == free.c.id)
+    statement = update(Run).where(is_free).values(lease_until=_lease(lease_s)).returning(Run.id)
+    renewed = await session.scalars(statement.execution_options(synchronize_session=False))
+    return len(renewed.all())
 
 
 @dataclass(frozen=True, slots=True)

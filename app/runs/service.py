@@ -9,23 +9,16 @@ from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from app.caller import Caller
-from app.db import Database
-from app.keyring import Keyring, SecretKey
 from app.limits.queue import Busy, RunQueue
 from app.policies.versions import ActivePolicy
-from app.runs import contents, observing
-from app.runs.closing import Closing
+from app.runs.agent.executor import Executor
 from app.runs.context import RunContext
-from app.runs.executor import Executor
-from app.runs.opening import Opened, Opening, Question, Unclaimed
+from app.runs.lifecycle import observing
+from app.runs.lifecycle.closing import Closing
+from app.runs.lifecycle.opening import Opened, Opening, Question, Unclaimed
 from app.runs.state import DATABASE_LOST, GIVEN_BACK, WAITING, Ending, StopCause
 from app.telemetry.metrics import count_run
-from app.tenants import keys as tenant_keys
-from app.tenants import repository as tenants
-from app.tenants.service import open_tenant_key
 
 __all__ = ["Answered", "Question", "RunService", "Submitted", "Worked"]
 
@@ -60,15 +53,11 @@ class RunService:
     def __init__(
         self,
         *,
-        database: Database,
-        keyring: Keyring,
         opening: Opening,
         executor: Executor,
         closing: Closing,
         queue: RunQueue,
     ) -> None:
-        self._database = database
-        self._keyring = keyring
         self._opening = opening
         self._executor = executor
         self._closing = closing
@@ -194,24 +183,6 @@ class RunService:
         await self._executor.close()
         if self._answering:
             await asyncio.wait(self._answering, timeout=10)
-
-    async def read_texts(self, caller: Caller, run_id: UUID, user_id: UUID) -> tuple[str | None, str | None]:
-        """The query and the answer of a run of `user_id`; None for what is not there or has been erased."""
-        async with self._database.transaction(caller.tenant_id) as session:
-            key = await self._user_key(session, caller.tenant_id, user_id)
-            if key is None:
-                return None, None
-            return (
-                await contents.read(session, key, run_id, contents.Kind.QUERY),
-                await contents.read(session, key, run_id, contents.Kind.ANSWER),
-            )
-
-    async def _user_key(self, session: AsyncSession, tenant_id: UUID, user_id: UUID) -> SecretKey | None:
-        user = await tenants.get_user(session, user_id)
-        if user.wrapped_key is None:
-            return None
-        tenant_key = await open_tenant_key(session, self._keyring, tenant_id)
-        return tenant_keys.open_user_key(tenant_key, user.wrapped_key, user_id=user_id)
 
 
 def _count(began: float, answering: asyncio.Task[Answered]) -> None:

@@ -17,18 +17,21 @@ from app.caller import PLATFORM_TENANT
 from app.limits import service as budgets
 from app.limits.usage import Spent
 from app.platform_db import PlatformDatabase
-from app.runs import events, repository
-from app.runs.budgets import tallies
-from app.runs.events import EventKind
-from app.runs.executor import Executor
+from app.runs import repository
+from app.runs.agent.executor import Executor
+from app.runs.events import log as events
+from app.runs.events.log import EventKind
+from app.runs.lifecycle.budgets import tallies
+from app.runs.lifecycle.stops import read_orders
 from app.runs.repository import Interrupted
 from app.runs.state import INTERRUPTED, Outcome, State, StopCause
-from app.runs.stops import read_orders
 from app.servers.pool import ServerPool
 from app.telemetry.metrics import count_run
 
 _log = structlog.get_logger()
 _REAP_EVERY_S: Final = 2.0
+# A process that has stalled may hold what its runs lock, and this one's must be renewed and stopped meanwhile.
+_IMPATIENTLY: Final = text("set local lock_timeout = '500ms'")
 # A tenant's generation changes with all that its live servers were started by: its policy, its switches, its status.
 _GENERATIONS: Final = text("""
 select t.id, t.generation,
@@ -67,25 +70,26 @@ class Watch:
         while True:
             try:
                 now = time.monotonic()
-                if now - renewed >= self._lease_s / 3:
-                    await self._renew()
+                if now - renewed >= self._lease_s / 3 and await self._renew():
                     renewed = now
-                if now - reaped >= _REAP_EVERY_S:
-                    await self.reap()
-                    reaped = now
                 await self._stop_ordered()
                 await self._end_outdated()
+                if now - reaped >= _REAP_EVERY_S:
+                    reaped = now
+                    await self.reap()
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 _log.warning("watch.database_unavailable", error=type(error).__name__)
             except Exception:  # noqa: BLE001  one run's defect must not keep the others from being stopped
                 _log.exception("watch.failed")
             await asyncio.sleep(self._every_s)
 
-    async def _renew(self) -> None:
+    async def _renew(self) -> bool:
+        """Whether that was said of all; what somebody has just locked is soon tried again."""
         claims = [(run_id, run.attempt) for run_id, run in self._executor.in_flight().items()]
-        if claims:
-            async with self._platform.transaction() as session:
-                await repository.renew_leases(session, claims, lease_s=self._lease_s)
+        if not claims:
+            return True
+        async with self._platform.transaction() as session:
+            return await repository.renew_leases(session, claims, lease_s=self._lease_s) == len(claims)
 
     async def _stop_ordered(self) -> None:
         flights = self._executor.in_flight()
@@ -114,6 +118,7 @@ class Watch:
     async def reap(self) -> None:
         """End the runs whose lease has run out and that nobody takes up, each with its event."""
         async with self._platform.transaction() as session:
+            await session.execute(_IMPATIENTLY)
             interrupted = await repository.interrupt_expired(session, attempts=self._attempts)
             for ended in interrupted:
                 await audit.append(session, ended.tenant_id, *_endings(ended))

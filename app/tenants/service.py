@@ -101,6 +101,15 @@ async def open_tenant_key(session: AsyncSession, keyring: Keyring, tenant_id: UU
     return keys.open_tenant_key(keyring, Sealed(tenant.key_id, tenant.wrapped_key), tenant_id=tenant_id)
 
 
+async def find_user_key(session: AsyncSession, keyring: Keyring, tenant_id: UUID, user_id: UUID) -> SecretKey | None:
+    """What opens a user's texts; None once the user has been erased. Raise as `open_tenant_key` does."""
+    user = await repository.get_user(session, user_id)
+    if user.wrapped_key is None:
+        return None
+    tenant_key = await open_tenant_key(session, keyring, tenant_id)
+    return keys.open_user_key(tenant_key, user.wrapped_key, user_id=user_id)
+
+
 async def create_user(
     session: AsyncSession, keyring: Keyring, tenant_id: UUID, *, name: str, role: Role, actor_id: UUID | None
 ) -> UUID:

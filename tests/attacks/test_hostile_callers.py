@@ -19,8 +19,8 @@ from sqlalchemy import make_url
 from app.embedded.postgres import EmbeddedPostgres
 from app.keyring import SecretKey
 from app.listening import bound, listening, url_of
-from app.runs import conversations
 from app.runs.context import RunContext
+from app.runs.conversations import repository as conversations
 from app.tenants import keys as tenant_keys
 from app.tenants import repository as tenants
 from tests.attacks.hijacked import POLICY, HijackedModel
@@ -42,7 +42,6 @@ FORGED = {
     "X-Rewrite-URL": "/v1/tenants",
     "X-HTTP-Method-Override": "DELETE",
     "X-Request-ID": f"forged-{NONCE}",
-    "Host": f"{NONCE}.example",
 }
 
 
@@ -51,7 +50,9 @@ async def test_forged_headers_change_nothing_and_are_not_repeated(tenant: Tenant
     assert forged.json()["tenant_id"] == honest.json()["tenant_id"] == tenant.id
     assert forged.json()["role"] == "user"
     redirected = await tenant.user.get("/v1/runs/", headers=FORGED)
-    for response in (forged, redirected):
+    elsewhere = await tenant.user.get("/v1/runs/", headers=FORGED | {"Host": f"{NONCE}.example"})
+    assert elsewhere.json()["code"] == "host_not_trusted"
+    for response in (forged, redirected, elsewhere):
         assert NONCE not in response.text + str(response.headers)
 
 

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from app.runs import executor
+from app.runs.agent import executor
 from tests.attacks.hijacked import POLICY, Call, HijackedModel
 from tests.service import Service, Tenant
 

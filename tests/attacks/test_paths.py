@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 
 from tests.attacks.hijacked import POLICY, Call, HijackedModel, Played
 from tests.attacks.walls import no_sandbox, weak_server, without_gate
-from tests.servers.filesystem import swapper
+from tests.servers.filesystem.swapping import swapping
 from tests.service import Service, Tenant
 
 SECRET = f"nonce-{secrets.token_hex(16)}"
@@ -192,19 +190,6 @@ class Race:
 ENOUGH = 50
 
 
-@contextmanager
-def swapping(folder: Path) -> Iterator[None]:
-    """Meanwhile another process exchanges a folder and a file with links that lead outside."""
-    pairs = [folder / name for name in ("spin", "other", "leaf.txt", "link.txt")]
-    process = subprocess.Popen([sys.executable, "-I", swapper.__file__, "30", *pairs])
-    try:
-        yield
-        assert process.poll() is None, "nobody swapped"
-    finally:
-        process.kill()
-        process.wait()
-
-
 async def _race(ground: Ground, walls: frozenset[str]) -> Race:
     """Read until it was enough or led outside; ten seconds at most."""
     place = await ground.place(walls, PREFIX)
@@ -217,7 +202,8 @@ async def _race(ground: Ground, walls: frozenset[str]) -> Race:
     names = ("spin/secret.txt", "leaf.txt")
     turn = [Call("docs__read_file", json.dumps({"path": f"{mine.name}/{name}"})) for name in names * 10]
     race, end = Race(), time.monotonic() + 10
-    with swapping(mine):
+    # A folder and a file, with links that lead outside.
+    with swapping(*(mine / name for name in ("spin", "other", "leaf.txt", "link.txt"))):
         while time.monotonic() < end and not race.foreign and min(race.own, race.refused) < ENOUGH:
             outcome = await played(ground, place, walls, *[turn] * 10)
             assert str(ground.service.data_dir) not in outcome.everything

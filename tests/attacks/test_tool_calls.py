@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.policies.decision import Decision
-from app.runs import gate
+from app.runs.agent import gate
 from app.runs.context import Call as RunCall
 from app.runs.context import RunContext
 from tests.attacks.hijacked import POLICY, Call, HijackedModel, Played

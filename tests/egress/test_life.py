@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -263,6 +264,9 @@ async def test_nonsense_on_the_control_line_ends_it(tmp_path: Path) -> None:
             lease = await relay.grant(Grant("tenant", (Forward(NAME, 1),)), record=_nothing, on_lost=lambda: None)
             hand_out(lease, 1)
             await lease.release()
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 10) == 0, "asked to end, it ends clean"
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            process.kill()
         await process.wait()

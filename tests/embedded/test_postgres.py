@@ -22,7 +22,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.embedded import postgres
+from app.embedded import postgres, programs
 from app.embedded.postgres import EmbeddedPostgres, role_statements
 from app.errors import ConfigurationError, Unavailable
 
@@ -231,10 +231,10 @@ def started_by_hand(cluster: EmbeddedPostgres) -> str:
     """What Postgres says where nothing stale is removed."""
     account = cluster._account()
     data, sockets = (os.open(cluster.root / name, os.O_PATH) for name in ("data", "socket"))
-    binaries = cluster._runnable_binaries(account)
+    binaries = cluster._programs.server(account).folder
     command = [str(binaries / "postgres"), "-D", f"/proc/self/fd/{data}", "--listen_addresses="]
     command += [f"--unix_socket_directories=/proc/self/fd/{sockets}"]
-    options = {**postgres._CHILD, **account, "pass_fds": (data, sockets)}
+    options = {**programs.CHILD, **account, "pass_fds": (data, sockets)}
     try:
         return str(subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, **options).stderr)
     finally:
@@ -334,7 +334,7 @@ def test_as_root_it_runs_as_another_user_below_a_private_home(shared: EmbeddedPo
 
 
 def test_an_ordinary_user_can_run_it(public: Path) -> None:
-    postgres._copy(PACKAGES, public / "packages")
+    programs._copy(PACKAGES, public / "packages")
     if os.geteuid() == 0:
         os.chown(public, 65534, 65534)
     # A fork and not a new interpreter, which the other user may not be able to read.
@@ -365,7 +365,7 @@ def ordinary_life(public: Path, sender: Any) -> None:
 def test_binaries_in_a_private_home_are_copied_once_for_the_user(
     root: Path, tmp_path: Path, public: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    postgres._copy(PACKAGES, tmp_path / "packages")
+    programs._copy(PACKAGES, tmp_path / "packages")
     assert tmp_path.parent.parent.stat().st_mode & 0o077 == 0
     for _ in range(2):
         cluster = EmbeddedPostgres(root, packages=tmp_path / "packages", copies=public / "copies")
@@ -421,7 +421,7 @@ def test_data_of_another_major_version_is_refused(own: EmbeddedPostgres) -> None
     version = own.root / "data/PG_VERSION"
     ours = version.read_text()
     version.write_text("17\n")
-    with pytest.raises(Unavailable, match=r"initialized by PostgreSQL version 17, .* not compatible"):
+    with pytest.raises(ConfigurationError, match=r"is of Postgres 17, .* nothing was changed"):
         own.start()
     assert processes(own) == []
     version.write_text(ours)

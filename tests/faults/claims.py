@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Final
 
 from tests.faults import chains
@@ -237,21 +238,26 @@ def budgets_hold(evidence: Evidence) -> Iterator[str]:
 def concurrency_holds(evidence: Evidence) -> Iterator[str]:
     """The model never saw more runs of a tenant at once than its policy allows, over all processes together.
 
-    A process that was stopped past its lease still asks; what it asked counts until the record gives its run away.
+    A run may ask twice at once: by a retry, when its process has given up on an answer. A process that was stopped past
+    its lease still asks; what it asked counts until the record gives its run away.
     """
-    runs = {asked.nonce: (asked.tenant_id, asked.run_id) for asked in evidence.asked}
-    given_away = _given_away(evidence)
+    given_away, tenants = _given_away(evidence), {asked.nonce: asked.tenant_id for asked in evidence.asked}
     steps = []
-    for turn in evidence.turns:
-        if turn.nonce in runs:
-            tenant_id, run_id = runs[turn.nonce]
-            ends = [turn.ended or turn.came, *(at for at in given_away[run_id] if at > turn.came)]
-            steps += [(turn.came, 1, tenant_id), (min(ends), -1, tenant_id)]
-    under_way: Counter[str] = Counter()
-    for at, change, tenant_id in sorted(steps):
-        under_way[tenant_id] += change
-        if under_way[tenant_id] > evidence.limits[tenant_id].get("concurrent_runs", len(runs)):
-            yield f"{tenant_id}: {under_way[tenant_id]} at {at}"
+    for turn in (turn for turn in evidence.turns if turn.nonce in tenants):
+        given = given_away[evidence.run_ids.get(turn.nonce)]
+        end = min([turn.ended or turn.came, *(at for at in given if at > turn.came)])
+        if end > turn.came:
+            steps += [(turn.came, True, turn), (end, False, turn)]
+    under_way: defaultdict[str, dict[int, model.Turn]] = defaultdict(dict)
+    for at, is_begin, turn in sorted(steps, key=itemgetter(0, 1)):
+        tenant_id = tenants[turn.nonce]
+        asking = under_way[tenant_id]
+        if not is_begin:
+            del asking[id(turn)]
+            continue
+        asking[id(turn)] = turn
+        if len({each.nonce for each in asking.values()}) > evidence.limits[tenant_id].get("concurrent_runs", 1 << 31):
+            yield f"{tenant_id} at {at}: {list(asking.values())}"
 
 
 CLAIMS: Final[tuple[Claim, ...]] = (

@@ -168,8 +168,9 @@ class Plant:
             while not await _is_ready(client, port):
                 if self._running.get(port) is not up:
                     return  # it was killed meanwhile, and whoever did it waits for the next
-                assert time.monotonic() < deadline, up.complaint[-3000:]
-                if up.process.poll() is not None:
+                ended = up.process.poll()
+                assert time.monotonic() < deadline, f"{port} {ended}: {up.printed[-2000:]} {up.complaint[-2000:]}"
+                if ended is not None:
                     self._spawn(port)
                     up = self._running[port]
                 await asyncio.sleep(0.05)

@@ -135,10 +135,14 @@ class ScriptedModel:
             await self.is_going.wait()
             if self.outage is not None:
                 return await self._fail(self.outage, writing)
-            for piece in _pieces(asked, message):
+            *pieces, last = _pieces(asked, message)
+            for piece in pieces:
                 writing.write(piece)
                 await writing.drain()
                 await asyncio.sleep(0.002)
+            turn.ended = time.time()  # once it has the last byte, the run may end, and another begin, before we go on
+            writing.write(last)
+            await writing.drain()
             turn.is_answered = True
         finally:
             turn.ended = turn.ended or time.time()

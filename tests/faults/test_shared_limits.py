@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import httpx
@@ -19,10 +19,16 @@ _ONE_CALL = (("record",),)
 
 
 async def flood(plant: Plant, customer: Customer, queries: int, *, name: str) -> list[httpx.Response]:
-    """So many queries at once, of the customer's users in turn, each to the next process."""
-    users, addresses = cycle(customer.users.values()), cycle(plant.addresses)
+    """So many queries at once, each of the customer's users to every process in turn.
+
+    To each, since a user who met one process alone would find the user's own limit there, and never the tenant's.
+    """
+    pairs = cycle(product(customer.users.values(), plant.addresses))
     texts = [model.query(f"{name}{number}", _ONE_CALL) for number in range(queries)]
-    asking = [user.post(f"{next(addresses)}/query", json={"query": text}) for user, text in zip(users, texts)]  # noqa: B905  users come round
+    asking = [
+        user.post(f"{address}/query", json={"query": text})
+        for (user, address), text in zip(pairs, texts)  # noqa: B905  the pairs come round
+    ]
     return await asyncio.gather(*asking)
 
 

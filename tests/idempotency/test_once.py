@@ -133,7 +133,7 @@ _SAYS_WHAT_SHALL_BE: Final = {
     "/v1/runs/{run_id}/cancel",
 }
 _LOOKS: Final = {f"/v1/policies/{what}" for what in ("validate", *(f"{{version}}/{at}" for at in _OF_A_DRAFT))}
-# Waits for a run of its own; tests/runs/test_approvals.py sends these again.
+# Waits for a run of its own; tests/runs/approvals/test_api.py sends these again.
 _OF_AN_APPROVAL: Final = {f"/v1/approvals/{{approval_id}}/{ruling}" for ruling in ("approve", "deny")}
 
 

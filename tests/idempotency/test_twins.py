@@ -17,8 +17,8 @@ import pytest
 
 from app.listening import bound, listening, url_of
 from app.main import create_app
-from app.runs import twins
-from app.runs.twins import Twins
+from app.runs.repeats import twins
+from app.runs.repeats.twins import Twins
 from app.sandbox.choice import choose
 from tests.idempotency.test_once import keyed
 from tests.runs.faults import ended_run, journal

@@ -19,8 +19,8 @@ from sqlalchemy import text
 
 from app.limits import budgets
 from app.limits.budgets import Tokens
-from app.runs.budgets import Budgets
-from app.runs.turns import MAX_OUTPUT_TOKENS
+from app.runs.agent.turns import MAX_OUTPUT_TOKENS
+from app.runs.lifecycle.budgets import Budgets
 from tests.limits.endpoint import ALL, HANGS_UP, Endpoint, endpoint
 from tests.limits.site import Site, pinned, policy
 from tests.runs.faults import assert_ended, assert_recorded, calling, completion, response

@@ -122,7 +122,6 @@ class Up:
     process: subprocess.Popen[bytes]
     _output: Path
     _complaint: Path
-    _began: float = field(default_factory=time.monotonic)
 
     @property
     def printed(self) -> str:
@@ -140,14 +139,9 @@ class Up:
         said = [*self.printed.splitlines(), *self.complaint.splitlines()]
         return [line for line in said if '"exception": ' in line or "Traceback" in line]
 
-    async def ready(self, *, patience_s: float = 90) -> float:
-        """Wait for the words that say so; the seconds since its start, less those that it queued for a processor."""
+    async def ready(self, *, patience_s: float = 90) -> None:
+        """Wait for the words that say so."""
         await self.until(lambda: _READY in self.printed, patience_s=patience_s)
-        return time.monotonic() - self._began - self._queued()
-
-    def _queued(self) -> float:
-        _, waited_ns, _ = Path(f"/proc/{self.process.pid}/schedstat").read_text().split()
-        return int(waited_ns) / 1e9
 
     async def says(self, words: str) -> None:
         """Wait for words on its standard output."""

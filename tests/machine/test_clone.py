@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents.blocks import commands
 from tests.machine.machines import ROOT, Machine
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(540)]
@@ -30,7 +30,7 @@ def _first_steps() -> str:
     """The shell commands of the README's section for them, as one script."""
     section = (ROOT / "README.md").read_text().split("\n## ")[1]
     assert section.startswith("Try it\n")
-    return "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+    return "\n".join(commands(section, "sh", is_machine=True))
 
 
 async def _run(script: str, folder: Path) -> str:
@@ -54,8 +54,10 @@ async def test_a_fresh_clone_serves_starts_again_and_leaves_nothing(clone: Machi
     assert await clone.is_empty()
     assert up.troubles == []
 
+    assert "Installing" in up.printed
     again = clone.spawn("up")
-    assert await again.ready() < 5
+    await again.ready()
+    assert "Installing" not in again.printed
     assert "behind the barometer" in await _run(_first_steps(), clone.checkout)
     again.kill_tree()
     assert await clone.is_empty()

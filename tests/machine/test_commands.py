@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from app.checklist.upkeep import supported
 from app.db import DatabaseUrls
 from app.keyring import new_entry
-from tests.machine.machines import Machine, Up
+from app.tenants import images
+from tests.machine.machines import ROOT, Machine, Up
 from tests.service import Databases, new_client
 
 
@@ -119,6 +125,38 @@ async def test_down_and_token_say_that_nothing_runs(machine: Machine) -> None:
     )
 
 
+# Where a line of the table says so, and not on every machine.
+_WHERE: Final[dict[str, Callable[[dict[str, Any]], bool]]] = {
+    "every": lambda _: True,
+    "where it runs as root": lambda _: os.geteuid() == 0,
+    "where no volume can be made": lambda ready: images.probe(Path(ready["folder"])) is not None,
+    "where bubblewrap cannot start": lambda ready: ready["sandbox_detail"]["backend"] != "bubblewrap",
+    "where no cgroup can be written to": lambda ready: not ready["sandbox_detail"]["cgroup"]["available"],
+    "where the pins are old": lambda _: time.time() - (ROOT / "requirements/base.txt").stat().st_mtime > 90 * 86_400,
+    "where its Python is old": lambda _: supported(sys.version_info[:2], datetime.now(UTC).date()).status != "pass",
+}
+
+
+async def test_the_doctor_warns_of_a_fresh_demo_as_the_page_says_and_of_nothing_else(
+    running: Up, tmp_path: Path
+) -> None:
+    found = await running.machine.run("doctor", "--json", "--patience", "60")
+    items = json.loads(found.output)["items"]
+    assert [item for item in items if item["status"] == "fail"] == []
+    assert (found.status, found.complaint) == (0, "")
+    async with running.caller() as user:
+        ready = (await user.get("/readyz")).json() | {"folder": str(tmp_path)}
+    section = (
+        (ROOT / "docs/checklist.md").read_text().partition("## What a fresh demo warns of\n")[2].partition("\n## ")[0]
+    )
+    table = [[cell.strip() for cell in line.split("|")[1:3]] for line in section.splitlines() if line.startswith("| `")]
+    warned = {item["id"] for item in items if item["status"] == "warn"}
+    assert warned == {item.strip("`") for item, where in table if _WHERE[where](ready)}
+    for secret in running.machine.env.values():
+        assert len(secret) < 20 or secret.startswith("http") or secret not in found.output
+    assert str(running.machine.directory) not in found.output
+
+
 async def test_the_sandbox_is_probed_on_demand(machine: Machine) -> None:
     assert (await machine.run("sandbox", "probe")).output == "bubblewrap: holds\n"
 
@@ -195,7 +233,9 @@ async def test_a_database_of_another_version_is_left_alone(machine: Machine, dat
     urls = await asyncio.to_thread(databases)
     engine = create_async_engine(urls.owner or "")
     async with engine.begin() as connection:
-        await connection.execute(text("update alembic_version set version_num = 'from_tomorrow'"))
+        await connection.execute(
+            text("update alembic_version set version_num = 'from_tomorrow', works_from = 'from_tomorrow'")
+        )
     await engine.dispose()
     machine.settings = _external(urls, MODEL_API_KEY="any")
     for command in ("serve", "migrate"):

@@ -17,7 +17,7 @@ from app.policies import screening
 from app.policies.decision import Decision
 from app.policies.document import PolicyDocument
 from app.policies.terms import InputRules
-from app.runs import executor, gate
+from app.runs.agent import executor, gate
 from app.runs.context import Call, RunContext
 from app.servers import templates
 from app.servers.tenant_servers import TenantServers

@@ -317,6 +317,6 @@ def _install_service(folder: Path, system: Path) -> Path:
     shutil.copy(packages / "pyseccomp.py", target)
     shutil.copytree(ROOT / "app" / "sandbox", target / "app" / "sandbox")
     shutil.copy(ROOT / "app" / "errors.py", target / "app")
-    (target / "app" / "__init__.py").touch()  # ours reads the settings, which takes packages that are not here
+    (target / "app" / "__init__.py").touch()  # ours imports what is not here
     shutil.copy(HERE / "start.py", folder)
     return folder / "service" / "bin" / "python"

@@ -1,6 +1,6 @@
-"""Starts and stops servers again and again, a tenth killed at random moments, and says what was left: run as
+"""Starts and stops servers again and again, some killed at random moments, and says what was left: run as
 
-    python -m tests.servers.lives BACKEND COUNT SEED FOLDER
+    python -m tests.servers.lives BACKEND COUNT KILLED SEED FOLDER
 
 in a process of its own, since what other tests have up in theirs comes and goes.
 """
@@ -92,9 +92,9 @@ async def cycle(ground: Ground, rng: random.Random, *, is_killed: bool) -> None:
     assert closed == [True]
 
 
-async def many(count: int, ground: Ground, *, seed: str) -> None:
+async def many(count: int, kills: int, ground: Ground, *, seed: str) -> None:
     rng = random.Random(seed)  # noqa: S311  a history to repeat, no secret
-    killed = set(rng.sample(range(count), count // 10))
+    killed = set(rng.sample(range(count), kills))
     await cycle(ground, rng, is_killed=False)  # whatever is made once is made now
     gc.collect()  # what earlier tests have left to it is none of ours
     await asyncio.sleep(0.1)
@@ -106,7 +106,7 @@ async def many(count: int, ground: Ground, *, seed: str) -> None:
     assert vars(Left(ground.folder)) == vars(before)
 
 
-def main(backend: str, count: str, seed: str, folder: str) -> None:
+def main(backend: str, count: str, kills: str, seed: str, folder: str) -> None:
     template._SERVER = SCRIPT  # type: ignore[misc]  # this process has no other use for it
     found = cgroup_search.find()
     groups = found if isinstance(found, Cgroups) else None
@@ -114,7 +114,8 @@ def main(backend: str, count: str, seed: str, folder: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         Path(temporary).chmod(0o777)  # another user makes some, too
         tempfile.tempdir = temporary
-        asyncio.run(_live(cast("Name", backend), int(count), own, groups, Path(folder), seed=seed))
+        ground = asyncio.run(_ground(cast("Name", backend), own, groups, Path(folder)))
+        asyncio.run(many(int(count), int(kills), ground, seed=seed))
         tempfile.tempdir = None
     own.close()
     assert list(Path(folder, "running").iterdir()) == []
@@ -122,8 +123,8 @@ def main(backend: str, count: str, seed: str, folder: str) -> None:
     sys.stdout.write("nothing left\n")
 
 
-async def _live(backend: Name, count: int, own: Running, groups: Cgroups | None, folder: Path, *, seed: str) -> None:
-    await many(count, Ground(Hostile(await choose(backend), folder), own, groups, folder), seed=seed)
+async def _ground(backend: Name, own: Running, groups: Cgroups | None, folder: Path) -> Ground:
+    return Ground(Hostile(await choose(backend), folder), own, groups, folder)
 
 
 if __name__ == "__main__":

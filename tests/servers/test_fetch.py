@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mcp.types import CallToolResult, TextContent
 
-from app.egress import Relay
-from app.outbound.allowances import Tenants
-from app.outbound.control import Control
-from app.outbound.grants import Grant, Proxy, dumped
+from app.outbound.grants import Proxy
 from app.policies.servers.fetch import FetchServer
 from app.sandbox import landlock
 from app.sandbox.choice import ProbedSandbox, choose
@@ -28,6 +25,7 @@ from app.servers.fetch import template
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
 from app.servers.template import Place
+from tests.servers.granting import granted
 from tests.servers.site import API, DOCS, SECRET, Site, make_trust, serving
 
 UID = 61_301 if os.geteuid() == 0 else os.geteuid()
@@ -57,43 +55,18 @@ class Ground:
     async def started(self, declared: FetchServer, *, has_network: bool = True) -> AsyncIterator[LiveServer]:
         self.asked.clear()
         async with AsyncExitStack() as stack:
-            channel = await stack.enter_async_context(self._granted(declared)) if has_network else None
+            channel = None
+            if has_network:
+                doors = template.doors(declared, {}).values()
+                channel = await stack.enter_async_context(granted(doors, self._note))
             launch = self.sandbox.launch(self.profile(declared, channel))
             live = LiveServer("site", launch, StderrTail(self.folder / "site.stderr"))
             stack.push_async_callback(live.close)
             await live.start(timeout_s=20)
             yield live
 
-    @asynccontextmanager
-    async def _granted(self, declared: FetchServer) -> AsyncIterator[socket.socket]:
-        """The end of a channel for the sandbox; at the other the relay waits for the door."""
-        outside, inside = socket.socketpair()
-        ours, theirs = map(Control, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        relay = Relay(theirs, resolve=_on_loopback, tls=ssl.create_default_context(), tenants=Tenants(100))
-        tasks = [asyncio.create_task(relay.serve()), asyncio.create_task(self._record(ours))]
-        grant = Grant(
-            tenant="tenant", doors=tuple(template.doors(declared, {}).values()), private_networks=("127.0.0.0/8",)
-        )
-        with inside:
-            with outside:
-                await ours.send({"do": "grant", "id": "site", "grant": dumped(grant)}, outside.fileno())
-            yield inside
-        for task in reversed(tasks):
-            task.cancel()
-            await asyncio.wait({task})
-        ours.close()
-
-    async def _record(self, line: Control) -> None:
-        """What the service does: it records what the relay is asked for, and so lets it go on."""
-        while True:
-            message, _ = await line.receive()
-            if message["is"] == "asked":
-                self.asked.append((f"{message['host']}:{message['port']}", message["refused"]))
-                await line.send({"do": "recorded", "seq": message["seq"]})
-
-
-async def _on_loopback(host: str, port: int) -> Sequence[str]:
-    return ["127.0.0.1"]
+    def _note(self, asked: dict[str, Any]) -> None:
+        self.asked.append((f"{asked['host']}:{asked['port']}", asked["refused"]))
 
 
 @pytest.fixture(scope="module")

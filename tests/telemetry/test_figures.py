@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.policies.decision import BuiltIn, Decision
 from app.telemetry import labels
-from tests.runs.faults import RawModel, calling, completion, raw_model, response
+from tests.runs.faults import RawModel, calling, completion, response
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, new_client, running_service
 
 # A server's name that no other test has, so that nobody else counts for its tools.
@@ -40,12 +40,6 @@ class Figures:
 async def scrape(service: Service) -> Figures:
     async with new_client(service.url, service.metrics_token) as scraper:
         return Figures((await scraper.get("/metrics")).text)
-
-
-@pytest.fixture(scope="module")
-async def raw() -> AsyncIterator[RawModel]:
-    async with raw_model() as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

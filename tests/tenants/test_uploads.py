@@ -303,7 +303,7 @@ async def test_an_upload_that_takes_too_long_is_told_so(service: Service, monkey
     monkeypatch.setattr(uploads, "SECONDS", 0.2)
     url = httpx.URL(service.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    head = f"PUT {FILES}/a HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+    head = f"PUT {FILES}/a HTTP/1.1\r\nHost: {url.host}:{url.port}\r\nContent-Length: 9\r\n"
     writer.write(f"{head}Authorization: {tenant.admin.headers['Authorization']}\r\n\r\nhalf".encode())
     answer = await asyncio.wait_for(reader.read(), 5)
     assert answer.startswith(b"HTTP/1.1 408")

@@ -4,11 +4,10 @@ import asyncio
 import errno
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -17,6 +16,7 @@ import pytest
 from app.errors import AppError, Conflict, Invalid, NotFound, TooLarge
 from app.tenants import beneath, downloads, folders, workspaces
 from app.tenants.workspaces import WorkspaceFull, WorkspaceStore
+from tests.servers.filesystem.swapping import swapping
 
 TENANT, OTHER = uuid4(), uuid4()
 OWNER, STRANGER = 23_001, 23_002
@@ -248,19 +248,6 @@ async def test_a_planted_fifo_holds_nobody_up(
     await store.delete(TENANT, "docs", path="pipe.txt", recorded=nullcontext())
 
 
-@contextmanager
-def _swapping(*names: Path) -> Iterator[None]:
-    """Another process exchanges the names, two by two, for at most 20 seconds."""
-    swapper = Path(__file__).parents[1] / "servers" / "filesystem" / "swapper.py"
-    process = subprocess.Popen([sys.executable, "-I", swapper, "20", *names])
-    try:
-        yield
-        assert process.poll() is None, "nobody swapped"
-    finally:
-        process.kill()
-        process.wait()
-
-
 ENOUGH = 1000  # reads that won and reads that lost the race
 
 
@@ -282,7 +269,7 @@ async def test_a_swap_during_open_never_leads_outside(
 ) -> None:
     await _put(store, "spin/secret.txt", b"own")
     (docs / "link").symlink_to(secret.parent)
-    with _swapping(docs / "spin", docs / "link"):
+    with swapping(docs / "spin", docs / "link"):
         held = await _race(store)
     assert held[b"secret"] == 0
     assert min(held[b"own"], held[b""]) > ENOUGH / 20
@@ -293,7 +280,7 @@ async def test_a_swap_during_open_never_leads_outside(
         return _naive_open(directory, parts, flags)
 
     monkeypatch.setattr(beneath, "open_at", checked_then_opened)
-    with _swapping(docs / "spin", docs / "link"):
+    with swapping(docs / "spin", docs / "link"):
         assert (await _race(store))[b"secret"] == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
@@ -10,16 +11,15 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import Field, field_validator
 
-from app.auth.dependencies import OnlyOnce, Paging, TheDatabase, paging, requires
+from app.auth.dependencies import OnlyOnce, Paging, TheDatabase, of_app, paging, requires
 from app.auth.service import Authenticator
 from app.caller import Caller
-from app.idempotency.once import Once
 from app.problems import responses
-from app.runs import reviews
-from app.runs.approvals import ApprovalState
+from app.runs.approvals import reviews
+from app.runs.approvals.repository import ApprovalState
+from app.runs.approvals.reviews import Reviews
+from app.runs.approvals.rulings import Ruling, SelfApproval
 from app.runs.models import Run
-from app.runs.reviews import Reviews
-from app.runs.rulings import Ruling, SelfApproval
 from app.runs.schemas import RunSummaryOut
 from app.schemas import Answer, Body
 from app.scopes import Scope
@@ -29,6 +29,7 @@ from app.telemetry.security import Violation
 router = APIRouter(prefix="/v1/approvals", tags=["approvals"])
 Reader = Annotated[Caller, Depends(requires(Scope.APPROVALS_READ))]
 Reviewer = Annotated[Caller, Depends(requires(Scope.APPROVALS_DECIDE))]
+TheReviews = Annotated[Reviews, Depends(of_app("reviews"))]
 # Control characters, halves of pairs, and what ends a line.
 _NOT_IN_A_LINE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
@@ -107,9 +108,8 @@ async def list_approvals(
 
 
 @router.get("/{approval_id}", summary="Read one approval", responses=responses(401, 403, 404, 422))
-async def read_approval(request: Request, approval_id: UUID, caller: Reader) -> ApprovalDetailOut:
+async def read_approval(approval_id: UUID, caller: Reader, of_all: TheReviews) -> ApprovalDetailOut:
     """With what the call would be made with. Of another's run it is recorded that you have read it."""
-    of_all: Reviews = request.app.state.reviews
     shown = await of_all.read(caller, approval_id, user_id=_only(caller))
     return ApprovalDetailOut(
         **ApprovalOut.model_validate(shown.approval).model_dump(),
@@ -119,23 +119,41 @@ async def read_approval(request: Request, approval_id: UUID, caller: Reader) -> 
     )
 
 
+async def _rule(
+    request: Request,
+    response: Response,
+    caller: Reviewer,
+    once: OnlyOnce,
+    of_all: TheReviews,
+) -> Callable[[UUID, Ruling], Awaitable[RunSummaryOut]]:
+    def tell(run: Run) -> RunSummaryOut:
+        response.headers["Location"] = f"/v1/runs/{run.id}"
+        return RunSummaryOut.of(run)
+
+    async def rule(approval_id: UUID, ruling: Ruling) -> RunSummaryOut:
+        try:
+            return await of_all.rule(caller, approval_id, ruling, once=once, tell=tell)
+        except SelfApproval as refused:
+            security.refuse(Violation.FORBIDDEN, reason=refused.code)
+            authenticator: Authenticator = request.app.state.authenticator
+            await authenticator.refuse(refused.code, address=request.state.address, caller=caller)
+            raise
+
+    return rule
+
+
+Rule = Annotated[Callable[[UUID, Ruling], Awaitable[RunSummaryOut]], Depends(_rule)]
+
+
 @router.post(
     "/{approval_id}/approve",
     status_code=202,
     summary="Let a call be made, as it was asked for or with other arguments",
     responses=responses(401, 403, 404, 409, 413, 422),
 )
-async def approve_call(
-    request: Request,
-    response: Response,
-    approval_id: UUID,
-    caller: Reviewer,
-    once: OnlyOnce,
-    body: ApproveIn = ApproveIn(),
-) -> RunSummaryOut:
+async def approve_call(approval_id: UUID, rule: Rule, body: ApproveIn = ApproveIn()) -> RunSummaryOut:
     """The run goes on once none of its calls waits. Other arguments are decided on anew by the policy that holds."""
-    ruling = Ruling(is_approved=True, arguments=body.arguments)
-    return await _rule(request, response, caller, approval_id, ruling, once=once)
+    return await rule(approval_id, Ruling(is_approved=True, arguments=body.arguments))
 
 
 @router.post(
@@ -144,35 +162,9 @@ async def approve_call(
     summary="Let a call not be made",
     responses=responses(401, 403, 404, 409, 413, 422),
 )
-async def deny_call(
-    request: Request,
-    response: Response,
-    approval_id: UUID,
-    caller: Reviewer,
-    once: OnlyOnce,
-    body: DenyIn = DenyIn(),
-) -> RunSummaryOut:
+async def deny_call(approval_id: UUID, rule: Rule, body: DenyIn = DenyIn()) -> RunSummaryOut:
     """The run goes on without it once none of its calls waits; the model is told the reason."""
-    ruling = Ruling(is_approved=False, reason=body.reason)
-    return await _rule(request, response, caller, approval_id, ruling, once=once)
-
-
-async def _rule(
-    request: Request, response: Response, caller: Caller, approval_id: UUID, ruling: Ruling, *, once: Once
-) -> RunSummaryOut:
-    of_all: Reviews = request.app.state.reviews
-
-    def tell(run: Run) -> RunSummaryOut:
-        response.headers["Location"] = f"/v1/runs/{run.id}"
-        return RunSummaryOut.of(run)
-
-    try:
-        return await of_all.rule(caller, approval_id, ruling, once=once, tell=tell)
-    except SelfApproval as refused:
-        security.refuse(Violation.FORBIDDEN, reason=refused.code)
-        authenticator: Authenticator = request.app.state.authenticator
-        await authenticator.refuse(refused.code, address=request.state.address, caller=caller)
-        raise
+    return await rule(approval_id, Ruling(is_approved=False, reason=body.reason))
 
 
 def _only(caller: Caller) -> UUID | None:

@@ -18,19 +18,22 @@ from app.caller import Caller
 from app.db import Database, new_id
 from app.errors import AppError, Conflict, NotFound
 from app.idempotency.once import Once, Taken
+from app.keyring import Keyring
 from app.limits.queue import TooManyRuns
 from app.policies.versions import ActivePolicy
 from app.problems import responses
-from app.runs import answers, repository
-from app.runs.accept import EVENTS, prefers_events
-from app.runs.budgets import until_tomorrow_s
+from app.runs import reading, repository
+from app.runs.contents import Kind
 from app.runs.dependencies import AskedOnce, Asker, ThePolicy, TheRuns, TheTwins, rate_limited, record_refusal
+from app.runs.endpoints.accept import EVENTS, prefers_events
+from app.runs.endpoints.streaming import follow, streamed
+from app.runs.lifecycle.budgets import until_tomorrow_s
 from app.runs.models import Run
+from app.runs.repeats import answers
+from app.runs.repeats.twins import Twins, is_watched
 from app.runs.schemas import AcceptedOut, QueryIn, RunOut
 from app.runs.service import Question, RunService
 from app.runs.state import BUDGET_EXHAUSTED, WAITING, Ending, RunKind, State, StopCause
-from app.runs.streaming import follow, streamed
-from app.runs.twins import Twins, is_watched
 
 router = APIRouter(tags=["runs"])
 _T = TypeVar("_T")
@@ -267,8 +270,9 @@ async def _recorded(asking: _Asking, run: Run) -> RunOut:
         raise await asking.problem(run.id, ending, _REPLAYED)
     async with asking.database.transaction(asking.caller.tenant_id) as session:
         calls = await repository.calls_of(session, run.id)
-    _, answer = await asking.runs.read_texts(asking.caller, run.id, run.user_id)
-    return RunOut.recorded(run, calls, answer)
+        keyring: Keyring = asking.request.app.state.keyring
+        texts = await reading.texts(session, keyring, run.tenant_id, run.user_id, [run.id])
+    return RunOut.recorded(run, calls, texts.get((run.id, Kind.ANSWER)))
 
 
 def _accepted(

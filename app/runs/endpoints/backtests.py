@@ -22,9 +22,11 @@ from app.policies.decision import Verdict
 from app.policies.engine import ToolRequest
 from app.policies.rules import Effect
 from app.problems import responses
-from app.runs import backtests, recorded, repository
+from app.runs import reading, repository
+from app.runs.backtests import recorded
+from app.runs.backtests import service as backtests
+from app.runs.backtests.recorded import UNREADABLE, Head
 from app.runs.dependencies import TheTurns
-from app.runs.recorded import UNREADABLE, Head
 from app.schemas import Answer, Body, VersionNumber
 from app.scopes import Scope
 from app.servers import deciding
@@ -155,11 +157,10 @@ async def explain_call(
     turns: TheTurns,
 ) -> CallExplainedOut:
     """The rule that decided it then, in its words, and what the version that holds would say now."""
-    own_only = None if Scope.RUNS_READ_ALL in caller.scopes else caller.user_id
     async with database.transaction(caller.tenant_id) as session:
-        run = await repository.find(session, run_id, user_id=own_only)
+        run = await reading.get(session, caller, run_id)
         heads = await recorded.heads(session, limit=1, run_id=run_id, sequence=sequence)
-        if run is None or not heads:
+        if not heads:
             raise NotFound
         (call,) = [each for each in await repository.calls_of(session, run_id) if each.sequence == sequence]
         then = (await versions.get(session, run.policy_version)).document

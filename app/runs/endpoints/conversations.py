@@ -13,10 +13,12 @@ from app.auth.dependencies import OnlyOnce, Paging, TheDatabase, TheKeyring, pag
 from app.caller import Caller
 from app.errors import Conflict, NotFound
 from app.problems import responses
-from app.runs import contents, conversations
-from app.runs.conversations import Position, Texts
+from app.runs import contents, reading
+from app.runs.conversations import repository as conversations
+from app.runs.conversations.repository import Position
 from app.runs.dependencies import Asker, TheRuns
 from app.runs.models import Run
+from app.runs.reading import Texts
 from app.runs.state import State
 from app.schemas import Answer
 from app.scopes import Scope
@@ -85,7 +87,7 @@ async def list_conversations(
     """One's own; with `runs:read_all` those of the whole tenant."""
     before = Position.parse(page.position) if page.position is not None else None
     async with database.transaction(caller.tenant_id) as session:
-        found = await conversations.page(session, user_id=_only(caller), before=before, limit=page.limit)
+        found = await conversations.page(session, user_id=reading.whose(caller), before=before, limit=page.limit)
     items = [ConversationOut.model_validate(each) for each in found]
     return ConversationsOut(
         items=items, next_cursor=page.next_cursor(found, lambda each: Position(each.created_at, each.id))
@@ -106,9 +108,10 @@ async def read_conversation(
 ) -> ConversationDetailOut:
     """One's own; with `runs:read_all` any of the tenant, on the record."""
     async with database.transaction(caller.tenant_id) as session:
-        conversation = await conversations.get(session, conversation_id, user_id=_only(caller))
+        conversation = await conversations.get(session, conversation_id, user_id=reading.whose(caller))
         runs = await conversations.runs_of(session, conversation, after=page.id, limit=page.limit)
-        texts = await conversations.texts(session, keyring, conversation, [run.id for run in runs])
+        asked = [run.id for run in runs]
+        texts = await reading.texts(session, keyring, caller.tenant_id, conversation.user_id, asked)
         await conversations.record_reading(session, caller, conversation)
     return ConversationDetailOut(
         **ConversationOut.model_validate(conversation).model_dump(),
@@ -134,11 +137,6 @@ async def delete_conversation(conversation_id: UUID, caller: Asker, database: Th
         with suppress(Conflict, NotFound):  # it has ended meanwhile, or is about to
             await runs.order_cancel(caller, run_id, user_id=caller.user_id)
     await conversations.empty(database, caller.tenant_id, conversation_id)
-
-
-def _only(caller: Caller) -> UUID | None:
-    """Whose conversations a caller may read: those of whom it may read the runs."""
-    return None if Scope.RUNS_READ_ALL in caller.scopes else caller.user_id
 
 
 def _turn(run: Run, texts: Texts) -> TurnOut:

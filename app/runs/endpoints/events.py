@@ -7,14 +7,14 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from app.auth.dependencies import requires
+from app.auth.dependencies import of_app, requires
 from app.caller import Caller
 from app.problems import responses
-from app.runs.accept import EVENTS, prefers_events
-from app.runs.event_pages import Chunk
-from app.runs.event_schemas import EventsOut
-from app.runs.following import Following
-from app.runs.streaming import follow, followable
+from app.runs.endpoints.accept import EVENTS, prefers_events
+from app.runs.endpoints.streaming import follow, followable
+from app.runs.events.following import Following
+from app.runs.events.pages import Chunk
+from app.runs.events.schemas import EventsOut
 from app.scopes import Scope
 
 router = APIRouter(tags=["runs"])
@@ -22,11 +22,6 @@ Reader = Annotated[Caller, Depends(requires(Scope.RUNS_READ))]
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "A page, or a stream of the same events", "content": {EVENTS: {"schema": {"type": "string"}}}}
 }
-
-
-async def _following(request: Request) -> Following:
-    following: Following = request.app.state.following
-    return following
 
 
 @router.get(
@@ -39,7 +34,7 @@ async def read_events(
     request: Request,
     run_id: UUID,
     caller: Reader,
-    following: Annotated[Following, Depends(_following)],
+    following: Annotated[Following, Depends(of_app("following"))],
     after: Annotated[int, Query(ge=0, lt=2**31, description="The number of the last event that you have.")] = 0,
     limit: Annotated[int, Query(ge=1, le=200, description="Of a page.")] = 100,
     last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,9}$")] = None,

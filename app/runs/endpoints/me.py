@@ -21,7 +21,7 @@ from app.policies.overrides import Terms
 from app.policies.standing import Access
 from app.policies.versions import ActivePolicy, PolicyCache
 from app.problems import responses
-from app.runs.budgets import limits_of
+from app.runs.lifecycle.budgets import limits_of
 from app.scopes import Role, Scope
 
 router = APIRouter(tags=["me"])

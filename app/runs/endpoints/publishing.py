@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime
-from functools import partial
 from typing import Annotated
 from uuid import UUID
 
@@ -14,8 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.auth import repository as credentials
 from app.auth.dependencies import OnlyOnce, TheDatabase, TheIfMatch, requires
 from app.caller import Caller
+from app.db import Database
 from app.errors import Conflict, NotFound
 from app.etags import IfMatch, PreconditionFailed, tagged
+from app.idempotency.once import Once
 from app.policies import checks, versions
 from app.problems import responses
 from app.runs import repository
@@ -121,9 +122,7 @@ async def publish_policy(
     async with database.transaction(caller.tenant_id) as session:
         await once.replay(session, caller.tenant_id)
     prepared = await _prepare(request, database, caller, version)
-    make = partial(_hold, caller=caller, prepared=prepared, if_match=if_match, asked=body)
-    async with database.transaction(caller.tenant_id) as session:
-        return await once.make(session, caller.tenant_id, partial(make, session, is_rollback=False), status=200)
+    return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=False)
 
 
 @router.post(
@@ -144,9 +143,7 @@ async def roll_back_policy(
         await once.replay(session, caller.tenant_id)
         version = await versions.held_before(session, body.to)
     prepared = await _prepare(request, database, caller, version)
-    make = partial(_hold, caller=caller, prepared=prepared, if_match=if_match, asked=body)
-    async with database.transaction(caller.tenant_id) as session:
-        return await once.make(session, caller.tenant_id, partial(make, session, is_rollback=True), status=200)
+    return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=True)
 
 
 @router.get("/v1/policies/published", summary="Read which version holds", responses=responses(401, 403, 404))
@@ -169,22 +166,28 @@ async def _prepare(request: Request, database: TheDatabase, caller: Caller, vers
 
 
 async def _hold(
-    session: AsyncSession,
-    *,
+    database: Database,
     caller: Caller,
     prepared: Prepared,
+    *,
+    once: Once,
     if_match: IfMatch,
     asked: PublishIn,
     is_rollback: bool,
 ) -> PublishedOut:
-    # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
-    await credentials.recheck(session, caller)
-    await _check_pointer(session, caller, if_match)
-    await publishing.hold(session, caller, prepared, accepts_changes=asked.accept_tool_changes, is_rollback=is_rollback)
-    revoked = 0
-    if asked.revoke_running:
-        revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
-    return PublishedOut(version=prepared.version, revoked_runs=revoked, warnings=list(prepared.warnings))
+    async def hold() -> PublishedOut:
+        # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
+        await credentials.recheck(session, caller)
+        await _check_pointer(session, caller, if_match)
+        accepts = asked.accept_tool_changes
+        await publishing.hold(session, caller, prepared, accepts_changes=accepts, is_rollback=is_rollback)
+        revoked = 0
+        if asked.revoke_running:
+            revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
+        return PublishedOut(version=prepared.version, revoked_runs=revoked, warnings=list(prepared.warnings))
+
+    async with database.transaction(caller.tenant_id) as session:
+        return await once.make(session, caller.tenant_id, hold, status=200)
 
 
 async def _check_pointer(session: AsyncSession, caller: Caller, if_match: IfMatch) -> None:

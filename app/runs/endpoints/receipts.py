@@ -12,9 +12,8 @@ from app.audit.receipts import ReceiptNotReady, Subject
 from app.audit.signing import Signers
 from app.auth.dependencies import TheDatabase, requires
 from app.caller import Caller
-from app.errors import NotFound
 from app.problems import responses
-from app.runs import repository
+from app.runs import reading
 from app.runs.state import State
 from app.scopes import Scope
 
@@ -34,11 +33,8 @@ async def read_receipt(
 ) -> dict[str, Any]:
     """One's own, or any of the tenant's with `runs:read_all`; docs/verify_receipt.py says what it proves."""
     signers: Signers = request.app.state.signers
-    only = None if Scope.RUNS_READ_ALL in caller.scopes else caller.user_id
     async with database.transaction(caller.tenant_id) as session:
-        run = await repository.find(session, run_id, user_id=only)
-        if run is None:
-            raise NotFound
+        run = await reading.get(session, caller, run_id)
         if run.state == State.RUNNING:
             raise ReceiptNotReady
         subject = Subject(caller.tenant_id, run_id, run.policy_version, run.state)

@@ -7,15 +7,13 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query
 
-from app.audit import repository as audit
-from app.audit.events import Event, EventType
-from app.auth.dependencies import Paging, TheDatabase, paging, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import Caller
-from app.errors import NotFound
 from app.problems import responses
-from app.runs import listing, repository
+from app.runs import reading, repository
+from app.runs.contents import Kind
 from app.runs.dependencies import Asker, TheRuns
-from app.runs.listing import Wanted
+from app.runs.reading import Wanted
 from app.runs.schemas import RunDetailOut, RunsOut, RunSummaryOut, detail_of
 from app.runs.state import RunKind, State
 from app.schemas import Moment
@@ -45,25 +43,22 @@ async def list_runs(
 ) -> RunsOut:
     """One's own runs; with `runs:read_all` those of the whole tenant."""
     async with database.transaction(caller.tenant_id) as session:
-        runs = await listing.page(session, wanted, of_user=_only(caller), before=page.id, limit=page.limit)
+        runs = await reading.page(session, wanted, of_user=reading.whose(caller), before=page.id, limit=page.limit)
     items = [RunSummaryOut.of(run) for run in runs]
     return RunsOut(items=items, next_cursor=page.next_cursor(runs, lambda run: run.id))
 
 
 @router.get("/v1/runs/{run_id}", summary="Read one run", responses=responses(401, 403, 404, 422))
-async def read_run(run_id: UUID, caller: Reader, database: TheDatabase, runs: TheRuns) -> RunDetailOut:
+async def read_run(run_id: UUID, caller: Reader, database: TheDatabase, keyring: TheKeyring) -> RunDetailOut:
     """With its query, answer and tool calls."""
     async with database.transaction(caller.tenant_id) as session:
-        run = await repository.find(session, run_id, user_id=_only(caller))
-        if run is None:
-            raise NotFound
+        run = await reading.get(session, caller, run_id)
         calls = await repository.calls_of(session, run_id)
-        ahead = await listing.ahead_of(session, run)
-        approvals = await listing.waiting_approvals(session, run_id)
-        if run.user_id != caller.user_id:  # before a text of somebody else is given out
-            read = Event(EventType.RUN_READ, actor_id=caller.user_id, run_id=run_id, data={"user_id": run.user_id})
-            await audit.append(session, caller.tenant_id, read)
-    query, answer = await runs.read_texts(caller, run_id, run.user_id)
+        ahead = await reading.ahead_of(session, run)
+        approvals = await reading.waiting_approvals(session, run_id)
+        await reading.record(session, caller, run, run_id)
+        texts = await reading.texts(session, keyring, caller.tenant_id, run.user_id, [run_id])
+    query, answer = texts.get((run_id, Kind.QUERY)), texts.get((run_id, Kind.ANSWER))
     return detail_of(run, calls, query, answer, ahead=ahead, approvals=approvals)
 
 
@@ -77,8 +72,3 @@ async def cancel_run(run_id: UUID, caller: Asker, runs: TheRuns) -> None:
     """Take effect within a second; one's own runs, or any of the tenant's with `runs:cancel_all`."""
     own_only = None if Scope.RUNS_CANCEL_ALL in caller.scopes else caller.user_id
     await runs.order_cancel(caller, run_id, user_id=own_only)
-
-
-def _only(caller: Caller) -> UUID | None:
-    """Whose runs a caller may read: their own, unless a scope says otherwise."""
-    return None if Scope.RUNS_READ_ALL in caller.scopes else caller.user_id

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path
 from fastapi.responses import PlainTextResponse
 
-from app.auth.dependencies import requires
+from app.auth.dependencies import of_app, requires
 from app.caller import Caller
 from app.problems import responses
 from app.schemas import Answer
@@ -23,12 +23,7 @@ Name = Annotated[str, Path(pattern=r"^[a-z][a-z0-9-]*$", max_length=32)]
 _TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "The newest 64 KiB"}
 
 
-async def _servers(request: Request) -> TenantServers:
-    servers: TenantServers = request.app.state.servers
-    return servers
-
-
-TheServers = Annotated[TenantServers, Depends(_servers)]
+TheServers = Annotated[TenantServers, Depends(of_app("servers"))]
 
 
 class ServerOut(Answer):

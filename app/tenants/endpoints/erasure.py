@@ -8,7 +8,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 
-from app.auth.dependencies import TheDatabase, TheIfMatch, ThePlatform, requires
+from app.auth.dependencies import TheDatabase, TheIfMatch, ThePlatform, of_app, requires
 from app.caller import Caller
 from app.problems import responses
 from app.schemas import Body
@@ -28,21 +28,6 @@ class EraseIn(Body):
     slug: str
 
 
-async def _forgetting(request: Request) -> Sequence[Forget]:
-    forgetting: Sequence[Forget] = request.app.state.forgetting
-    return forgetting
-
-
-async def _remembered(request: Request) -> Forgetting:
-    remembered: Forgetting = request.app.state.remembered
-    return remembered
-
-
-async def _discard(request: Request) -> Forget:
-    discard: Forget = request.app.state.discard
-    return discard
-
-
 async def _silencing(request: Request, database: TheDatabase) -> Forget:
     async def silence(tenant_id: UUID) -> None:
         """End the runs of erased users, and take their texts away."""
@@ -54,7 +39,7 @@ async def _silencing(request: Request, database: TheDatabase) -> Forget:
 
 
 TheSilencing = Annotated[Forget, Depends(_silencing)]
-TheForgetting = Annotated[Sequence[Forget], Depends(_forgetting)]
+TheForgetting = Annotated[Sequence[Forget], Depends(of_app("forgetting"))]
 
 
 @router.post(
@@ -101,8 +86,8 @@ async def erase_tenant(
     caller: Annotated[Caller, Depends(requires(Scope.TENANTS_WRITE))],
     platform: ThePlatform,
     if_match: TheIfMatch,
-    discard: Annotated[Forget, Depends(_discard)],
-    remembered: Annotated[Forgetting, Depends(_remembered)],
+    discard: Annotated[Forget, Depends(of_app("discard"))],
+    remembered: Annotated[Forgetting, Depends(of_app("remembered"))],
     silence: TheSilencing,
     forgetting: TheForgetting,
 ) -> None:

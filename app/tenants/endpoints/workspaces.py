@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
@@ -18,7 +18,7 @@ from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.audit.outbox import Outbox
 from app.audit.repository import Row
-from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
+from app.auth.dependencies import Paging, TheDatabase, TheKeyring, of_app, paging, requires
 from app.caller import Caller
 from app.db import Database
 from app.keyring import Keyring, SecretKey
@@ -29,23 +29,16 @@ from app.tenants import repository
 from app.tenants.service import open_tenant_key
 from app.tenants.workspaces import WorkspaceStore
 
+_ANY_TYPE: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
+}
 router = APIRouter(prefix="/v1/workspaces", tags=["workspaces"])
 Reader = Annotated[Caller, Depends(requires(Scope.WORKSPACES_READ))]
 Writer = Annotated[Caller, Depends(requires(Scope.WORKSPACES_WRITE))]
 
 
-async def _store(request: Request) -> WorkspaceStore:
-    store: WorkspaceStore = request.app.state.workspaces
-    return store
-
-
-async def _outbox(request: Request) -> Outbox:
-    outbox: Outbox = request.app.state.outbox
-    return outbox
-
-
-TheStore = Annotated[WorkspaceStore, Depends(_store)]
-TheOutbox = Annotated[Outbox, Depends(_outbox)]
+TheStore = Annotated[WorkspaceStore, Depends(of_app("workspaces"))]
+TheOutbox = Annotated[Outbox, Depends(of_app("outbox"))]
 
 
 class FileOut(Answer):
@@ -132,7 +125,12 @@ async def write_file(
     return FileOut.model_validate(file)
 
 
-@router.get("/{name}/files/{path:path}", summary="Read a file", responses=responses(401, 403, 404, 409, 422))
+@router.get(
+    "/{name}/files/{path:path}",
+    summary="Read a file",
+    responses=_ANY_TYPE | responses(401, 403, 404, 409, 422),
+    response_class=StreamingResponse,
+)
 async def read_file(
     name: str, path: str, caller: Reader, database: TheDatabase, store: TheStore, keyring: TheKeyring, outbox: TheOutbox
 ) -> StreamingResponse:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -89,17 +86,6 @@ class Lab:
         for running in self._running.values():
             running.stop.set()
         await asyncio.gather(*self._tasks)
-
-    @contextmanager
-    def swapping(self, *names: Path) -> Iterator[None]:
-        """Meanwhile another process exchanges the names, two by two."""
-        process = subprocess.Popen([sys.executable, "-I", HERE / "swapper.py", "20", *names])
-        try:
-            yield
-            assert process.poll() is None, "nobody swapped"
-        finally:
-            process.kill()
-            process.wait()
 
     def _parameters(self, off: str, options: tuple[str, ...]) -> StdioServerParameters:
         limits = ["--max-file-size", str(MAX_FILE_SIZE), "--allowed-extensions", ".txt,.md"]

@@ -16,6 +16,7 @@ import pytest
 from mcp import McpError
 
 from tests.servers.filesystem.lab import MAX_FILE_SIZE, Lab
+from tests.servers.filesystem.swapping import swapping
 
 SECRET = f"nonce-{secrets.token_hex(8)}"
 Plant = Callable[[Lab, Path], dict[str, Any]]
@@ -247,7 +248,7 @@ async def _race(lab: Lab, mine: Path, off: str) -> Race:
     paths = [f"{mine.name}/spin/secret.txt", f"{mine.name}/leaf.txt"]
     own = refused = foreign = 0
     end = time.monotonic() + 15
-    with lab.swapping(mine / "spin", mine / "other", mine / "leaf.txt", mine / "link.txt"):
+    with swapping(mine / "spin", mine / "other", mine / "leaf.txt", mine / "link.txt"):
         while time.monotonic() < end and not foreign and min(own, refused) < ENOUGH:
             for answer in await asyncio.gather(*(lab.call("read_file", {"path": p}, off=off) for p in paths * 10)):
                 own += answer.text == "own"

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +17,7 @@ import asyncpg
 import trustme
 from mcp.types import CallToolResult, TextContent
 
-from app.egress import Relay
 from app.embedded.postgres import EmbeddedPostgres
-from app.outbound.allowances import Tenants
-from app.outbound.control import Control
-from app.outbound.grants import Grant, dumped
 from app.policies.servers.postgres import PostgresServer
 from app.sandbox.choice import ProbedSandbox
 from app.sandbox.contract import Limits, Mount, Network, Profile
@@ -29,6 +25,7 @@ from app.servers.live import LiveServer
 from app.servers.postgres import roles, template
 from app.servers.stderr import StderrTail
 from app.servers.template import Place
+from tests.servers.granting import granted
 
 UID: Final = 61_303 if os.geteuid() == 0 else os.geteuid()
 HOST: Final = "db.site.test"
@@ -201,39 +198,17 @@ class Ground:
     async def started(self, policy: PostgresServer | None = None) -> AsyncIterator[LiveServer]:
         policy = policy or declared()
         async with AsyncExitStack() as stack:
-            channel = await stack.enter_async_context(self._granted(policy))
+            channel = await stack.enter_async_context(
+                granted(template.doors(policy, self.secrets()).values(), self._note)
+            )
             launch = self.sandbox.launch(self.profile(policy, channel))
             live = LiveServer("reports", launch, StderrTail(self.folder / "stderr"), is_ours=True)
             stack.push_async_callback(live.close)
             await live.start(timeout_s=20)
             yield live
 
-    @asynccontextmanager
-    async def _granted(self, policy: PostgresServer) -> AsyncIterator[socket.socket]:
-        """The end of a channel for the sandbox; at the other the relay waits for the door."""
-        outside, inside = socket.socketpair()
-        ours, theirs = map(Control, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        relay = Relay(theirs, resolve=_on_loopback, tls=ssl.create_default_context(), tenants=Tenants(100))
-        tasks = [asyncio.create_task(relay.serve()), asyncio.create_task(self._record(ours))]
-        doors = tuple(template.doors(policy, self.secrets()).values())
-        grant = Grant(tenant="tenant", doors=doors, private_networks=("127.0.0.0/8",))
-        try:
-            with inside:
-                with outside:
-                    await ours.send({"do": "grant", "id": "reports", "grant": dumped(grant)}, outside.fileno())
-                yield inside
-        finally:
-            for task in reversed(tasks):
-                task.cancel()
-                await asyncio.wait({task})
-            ours.close()
-
-    async def _record(self, line: Control) -> None:
-        while True:
-            message, _ = await line.receive()
-            if message["is"] == "asked":
-                self.asked.append(f"{message['host']}:{message['port']}")
-                await line.send({"do": "recorded", "seq": message["seq"]})
+    def _note(self, asked: dict[str, Any]) -> None:
+        self.asked.append(f"{asked['host']}:{asked['port']}")
 
 
 @dataclass(frozen=True)
@@ -247,10 +222,6 @@ class Weak:
         weakened = await self.live.call("weaken", {"off": off, "role": role, "policy": policy}, timeout_s=10)
         assert not weakened.isError, text_of(weakened)
         return self.live
-
-
-async def _on_loopback(host: str, port: int) -> Sequence[str]:
-    return ["127.0.0.1"]
 
 
 def text_of(result: CallToolResult) -> str:

@@ -1,0 +1,109 @@
+"""How a run leaves its process: ended, waiting for an approval, or given back. One transaction each."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from app.audit import repository as audit
+from app.audit.events import Event, EventType
+from app.caller import Caller
+from app.db import Database
+from app.errors import Conflict, NotFound
+from app.runs import contents, repository
+from app.runs.approvals import repository as approvals
+from app.runs.context import RunContext
+from app.runs.dispatch import Dispatch
+from app.runs.events import log as events
+from app.runs.events.log import EventKind
+from app.runs.lifecycle import recording
+from app.runs.lifecycle.budgets import Budgets
+from app.runs.lifecycle.journal import Journal
+from app.runs.lifecycle.stops import read_orders
+from app.runs.state import GIVEN_BACK, INTERRUPTED, WAITING, Ending, State, StopCause, cancelled
+
+
+class Closing:
+    """Ends runs, and lets them wait."""
+
+    def __init__(self, *, database: Database, journal: Journal, budgets: Budgets, dispatch: Dispatch) -> None:
+        self._database = database
+        self._journal = journal
+        self._budgets = budgets
+        self._dispatch = dispatch
+
+    async def finish(self, run: RunContext, ending: Ending, cause: StopCause | None) -> Ending:
+        """Commit the ending; where another process has ended the run, or taken it up, that holds."""
+        async with self._database.transaction(run.caller.tenant_id) as session:
+            if not await repository.finish(session, run, ending, cause):
+                return INTERRUPTED
+            await self._journal.flush(session, run)
+            if run.answer:
+                await contents.add(session, run, contents.Kind.ANSWER, run.answer)
+            await audit.append(session, run.caller.tenant_id, *recording.ended(run, ending, cause))
+            recording.tell_ended(run, ending)
+            await run.events.write(session)
+            if run.is_durable:
+                await self._dispatch.promote(session, run.caller.tenant_id)
+            await self._budgets.settle(session, run)
+        return ending
+
+    async def suspend(self, run: RunContext) -> Ending:
+        """Let the run wait with nothing reserved; where it was stopped meanwhile, it ends."""
+        run.is_durable = True
+        async with self._database.transaction(run.caller.tenant_id) as session:
+            await approvals.lock_run(session, run.run_id)  # a cancel comes before it, or finds a run that waits
+            (orders,) = await read_orders(session, [run.run_id])
+            if orders.stop is None:
+                if not await repository.suspend(session, run):
+                    return INTERRUPTED
+                await self._journal.flush(session, run)
+                await repository.count_calls(session, run.run_id)
+                expires_s = run.policy.document.approvals.expires_s
+                for call in run.waiting:
+                    await approvals.request(session, run, call, expires_s=expires_s)
+                await run.events.write(session)
+                await self._dispatch.promote(session, run.caller.tenant_id)
+                await self._budgets.settle(session, run, goes_on=True)
+        if orders.stop is not None:
+            return await self.finish(run, cancelled(orders.stop), orders.stop)
+        return WAITING
+
+    async def give_back(self, run: RunContext, *, has_died: bool) -> Ending:
+        """Queue the run again: its process ends, or, as `has_died` says, it has lost the database under the run."""
+        async with self._database.transaction(run.caller.tenant_id) as session:
+            if not await repository.give_back(session, run, has_died=has_died):
+                return INTERRUPTED
+            await self._journal.flush(session, run)
+            await repository.count_calls(session, run.run_id)
+            await audit.append(session, run.caller.tenant_id, recording.returned(run))
+            run.events.emit(EventKind.RUN_QUEUED, {"attempt": run.attempt})
+            await run.events.write(session)
+            await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
+            await self._budgets.settle(session, run, goes_on=True)
+        return GIVEN_BACK
+
+    async def order_cancel(self, caller: Caller, run_id: UUID, *, user_id: UUID | None) -> None:
+        """End a run that nobody executes, or order its process to stop it. Raise NotFound; Conflict where it ended."""
+        cause = StopCause.USER
+        async with self._database.transaction(caller.tenant_id) as session:
+            found = await repository.find(session, run_id, user_id=user_id)
+            if found is None:
+                raise NotFound
+            if await repository.cancel_idle(session, run_id, cause) is None:
+                if await repository.order_cancel(session, caller, cause, run_id=run_id):
+                    return
+                if await repository.cancel_idle(session, run_id, cause) is None:  # it has come to wait only now
+                    raise Conflict("The run has ended, or is being cancelled.")
+            await approvals.void(session, run_id)
+            ordered = Event(EventType.RUN_CANCEL_ORDERED, actor_id=caller.user_id, run_id=run_id, data={"cause": cause})
+            data = {"state": State.CANCELLED, "code": "cancelled", "cause": cause}
+            ended = Event(EventType.RUN_FINISHED, actor_id=found.user_id, run_id=run_id, data=data)
+            await audit.append(session, caller.tenant_id, ordered, ended)
+            told = {"status": State.CANCELLED, "code": "cancelled"}
+            await events.append(session, caller.tenant_id, run_id, EventKind.RUN_FINISHED, told)
+            await self._dispatch.promote(session, caller.tenant_id)
+            if found.started_at is not None:
+                turns = await repository.turns_of(session, run_id)
+                await self._budgets.count(
+                    session, caller.tenant_id, run_id, user_id=found.user_id, model=found.model, turns=turns
+                )
