@@ -63,7 +63,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the Host header says
-        responses=problems.responses(400, 429, 500, 503),  # what any route may have to say
+        responses=problems.responses(400, 408, 414, 429, 431, 500, 503),  # what any route may have to say
         lifespan=_lifespan,
     )
     labels.show_tenants(settings.metrics_tenants)

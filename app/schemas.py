@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import re
+from datetime import date, datetime
 from typing import Annotated, Final
 
 from fastapi import Path
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, field_validator
 
 # So many requests in a moving window.
 RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
+_NUMBER: Final = re.compile(r"\s*[-+]?[0-9.]+(e[0-9]+)?\s*", re.IGNORECASE)
 VersionNumber = Annotated[int, Path(ge=1, le=2_147_483_647)]
 
 
@@ -19,7 +21,16 @@ def _in_reach(at: datetime) -> datetime:
     return at
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_in_reach)]
+def _written(value: object) -> object:
+    """The library takes a number for seconds since 1970: `0.5`, and a year that was meant."""
+    if not isinstance(value, str | date) or (isinstance(value, str) and _NUMBER.fullmatch(value)):
+        raise ValueError("must be written as RFC 3339 has it, not as a number")
+    return value
+
+
+Written = BeforeValidator(_written)
+Moment = Annotated[AwareDatetime, AfterValidator(_in_reach), Written]
+Day = Annotated[date, Written]
 
 
 class Body(BaseModel):

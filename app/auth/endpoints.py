@@ -25,7 +25,7 @@ from app.auth.service import NewKey
 from app.caller import Caller
 from app.etags import tagged
 from app.problems import responses
-from app.schemas import RATE, Answer, Body
+from app.schemas import RATE, Answer, Body, Written
 from app.scopes import Scope
 from app.tenants.service import AccessibleTenantID
 
@@ -43,7 +43,7 @@ class KeyIn(Body):
     user_id: UUID
     name: str = Field(min_length=1, max_length=100)
     # Within what Postgres and Python both can tell in every zone.
-    expires_at: AwareDatetime | None = Field(default=None, gt=_FIRST_MOMENT, lt=_LAST_MOMENT)
+    expires_at: Annotated[AwareDatetime, Field(gt=_FIRST_MOMENT, lt=_LAST_MOMENT), Written] | None = None
     # Queries with this key, such as "60/minute", besides what the policy allows its user.
     rate: str | None = Field(default=None, pattern=RATE)
 

@@ -23,7 +23,7 @@ from app.errors import Fault, Invalid
 from app.limits import reports
 from app.limits.reports import GROUPS, Wanted
 from app.problems import responses
-from app.schemas import Answer
+from app.schemas import Answer, Day
 from app.scopes import Scope
 from app.tenants.service import AccessibleTenantID
 
@@ -81,8 +81,8 @@ def _asked(*allowed: str) -> Callable[..., Any]:
     async def read(
         request: Request,
         page: Annotated[Paging, Depends(paging("usage"))],
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
         group_by: Annotated[str, Query(max_length=100, description="Names, separated by commas.")] = "day",
         form: Annotated[Literal["json", "csv"] | None, Query(alias="format")] = None,
     ) -> Asked:

@@ -65,6 +65,7 @@ async def found(item: str, checkout: Path) -> Verdict:
         (f"bh_{'a' * 12}_{'b' * 46}", ""),
         ("set BULKHEAD_ROOT_KEYS, which is no secret; postgresql+asyncpg://owner@db.example/bulkhead", ""),
     ],
+    ids=range(8),  # some of the texts are new in each process
 )
 async def test_a_secret_or_a_key_in_a_file_is_found_and_what_is_none_is_not(
     checkout: Path, git: Git, text: str, why: str

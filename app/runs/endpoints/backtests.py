@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 from uuid import UUID
 
 from anyio import to_thread
@@ -27,7 +27,7 @@ from app.runs.backtests import recorded
 from app.runs.backtests import service as backtests
 from app.runs.backtests.recorded import UNREADABLE, Head
 from app.runs.dependencies import TheTurns
-from app.schemas import Answer, Body, VersionNumber
+from app.schemas import Answer, Body, VersionNumber, Written
 from app.scopes import Scope
 from app.servers import deciding
 from app.tenants.service import open_tenant_key
@@ -35,13 +35,14 @@ from app.tenants.service import open_tenant_key
 router = APIRouter(tags=["policies"])
 
 
+_FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 class BacktestIn(Body):
     """Which recorded calls to replay: the newest `limit`, not older than `since`."""
 
     # Within what the database knows in every time zone.
-    since: AwareDatetime | None = Field(
-        default=None, ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime.max.replace(tzinfo=UTC)
-    )
+    since: Annotated[AwareDatetime, Field(ge=_FIRST, lt=datetime.max.replace(tzinfo=UTC)), Written] | None = None
     limit: int = Field(default=backtests.MAX_CALLS, ge=1, le=backtests.MAX_CALLS)
 
 

@@ -128,6 +128,25 @@ async def test_405_names_all_methods_of_a_path(tenant: Tenant) -> None:
         assert (await tenant.admin.request("TRACE", path)).headers["Allow"] == allowed
 
 
+NUMBERS: Final = (
+    "/v1/runs?since=0.5",
+    "/v1/runs?until=1e3",
+    "/v1/audit/events?to=0",
+    "/v1/usage?from=0",
+    "/v1/usage?to=9.5",
+)
+
+
+async def test_a_number_is_no_moment(tenant: Tenant) -> None:
+    """Found by Schemathesis: a year that was meant came to be seconds since 1970."""
+    for path in NUMBERS:
+        assert (await tenant.admin.get(path)).status_code == 422, path
+    answer = await tenant.admin.post("/v1/keys", json={"user_id": tenant.user_id, "name": "a", "expires_at": 4e9})
+    assert answer.status_code == 422
+    for path in ("/v1/runs?since=2026-01-01T00:00:00Z", "/v1/usage?to=2026-11-01&from=2026-11-01"):
+        assert (await tenant.admin.get(path)).status_code == 200, "the control"
+
+
 async def test_many_parameters_and_twins_cost_little_and_answer_as_one_does(tenant: Tenant) -> None:
     many = "&".join(f"a{number}=1" for number in range(1_000))
     for path in (

@@ -144,6 +144,7 @@ def careless() -> FastAPI:
     return app
 
 
+@pytest.mark.long
 async def test_schemathesis_finds_what_is_wrong_with_a_careless_service(ground: Ground) -> None:
     with bound("127.0.0.1", 0) as listener:
         async with listening(careless(), listener):

@@ -245,6 +245,7 @@ async def unbound(databases: Databases, postgres: EmbeddedPostgres, tmp_path: Pa
         yield service
 
 
+@pytest.mark.long  # tests/test_isolation.py shows the same of ids in paths
 async def test_without_row_level_security_the_same_rows_find_the_first_tenant(unbound: Service) -> None:
     """The control of all rows: what reaches another tenant then is what row-level security holds."""
     world, thief = await complete(await new_world(unbound)), await unbound.new_tenant(policy=None)
