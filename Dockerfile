@@ -40,7 +40,8 @@ ARG VERSION=0.1.0
 COPY docs/deploy/image /build/image
 RUN /opt/venv/bin/python image/sbom.py report.json "${VERSION}" /usr/share/bulkhead
 COPY LICENSE alembic.ini /opt/bulkhead/
-COPY requirements/base.txt /opt/bulkhead/requirements/base.txt
+# What `bulkhead doctor` compares with what is installed.
+COPY requirements/base.txt requirements/cloud.txt /opt/bulkhead/requirements/
 COPY migrations /opt/bulkhead/migrations
 COPY app /opt/bulkhead/app
 # In the form without a shell, since that is among what goes.

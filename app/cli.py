@@ -118,7 +118,7 @@ def up() -> None:
     _log_as(settings)
     machine = Machine(settings)
     with interruptible(), machine.held(), bound(settings.host, settings.port) as listener:
-        exposure.check_demo(listener)
+        exposure.check_demo(settings, listener)
         settings = machine.settings(settings)
         print(f"Bulkhead starts on {machine.directory} ...", flush=True)
         with machine.database(settings) as urls:

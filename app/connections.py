@@ -192,7 +192,7 @@ class Connection(HttpToolsProtocol):
         self._bounds = crowd.bounds
         self._deadline = _NEVER  # for the part that the client is sending
         self._reading_deadline = _NEVER  # for the client to read what it was sent
-        self._closing_since = _NEVER
+        self._unread_bytes = 0  # of what it was sent, when that time began
         self._has_head = False
         self._has_all = True
         self._head_bytes = self._body_bytes = 0
@@ -241,6 +241,8 @@ class Connection(HttpToolsProtocol):
         if self._has_head:
             return  # a trailer: uvicorn would add it to the headers, behind the back of a proxy that minds those
         super().on_header(name, value)
+        if self.headers[-1][0] == b"transfer-encoding" and value.lower() != b"chunked":
+            self._leave_parser(_INVALID)  # the parser takes any coding before that one, which nobody here undoes
         self._count_head(len(name) + len(value) + 4)
         if self._head_bytes > self._bounds.head_bytes or len(self.headers) > self._bounds.headers:
             self._leave_parser(_LARGE_HEAD)
@@ -282,7 +284,7 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading_deadline = time.monotonic() + self._bounds.send_s
+        self._await_reading(time.monotonic())
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -312,9 +314,10 @@ class Connection(HttpToolsProtocol):
 
     def look(self, now: float) -> None:
         """End what takes too long."""
-        if self.transport.is_closing():
-            self._closing_since = min(self._closing_since, now)
-        if now > min(self._reading_deadline, self._closing_since + self._bounds.send_s):
+        is_awaited = self._reading_deadline < _NEVER
+        if (is_awaited and self._has_read()) or (not is_awaited and self.transport.is_closing()):
+            self._await_reading(now)
+        if now > self._reading_deadline:
             self._crowd.tell("reads_too_slowly")
             self.transport.abort()
         elif self._is_held():
@@ -322,6 +325,14 @@ class Connection(HttpToolsProtocol):
         elif now > self._deadline and not self.transport.is_closing():
             self._crowd.tell("sends_too_slowly")
             self._refuse(_SLOW)
+
+    def _await_reading(self, now: float) -> None:
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._reading_deadline = now + self._bounds.send_s
+
+    def _has_read(self) -> bool:
+        """A piece: an application may hand over many of them at once, and each has a time of its own."""
+        return self.transport.get_write_buffer_size() <= self._unread_bytes - _PIECE
 
     def _is_held(self) -> bool:
         """The client would send, but we do not let it yet."""

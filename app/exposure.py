@@ -26,6 +26,8 @@ select current_user as name,
     bool_or(r.rolsuper) as is_superuser,
     bool_or(r.rolbypassrls) as bypasses,
     bool_or(r.rolcreaterole) as makes_roles,
+    bool_or(r.rolreplication) as copies,
+    bool_or(r.rolname in ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')) as has_files,
     exists (
         select from pg_class c join pg_namespace n on n.oid = c.relnamespace
         where c.relkind in ('r', 'p') and n.nspname <> 'information_schema' and n.nspname not like 'pg\\_%'
@@ -47,18 +49,23 @@ def is_beyond_loopback(listener: socket.socket) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def check_demo(listener: socket.socket) -> None:
+def is_for_others(settings: Settings, listener: socket.socket) -> bool:
+    """Who declares a proxy in front means others to come, wherever the proxy finds us."""
+    return settings.tls_in_front or is_beyond_loopback(listener)
+
+
+def check_demo(settings: Settings, listener: socket.socket) -> None:
     """Of `bulkhead up`, which is all demo. Raise ConfigurationError where others than this machine could reach it."""
-    if is_beyond_loopback(listener):
+    if is_for_others(settings, listener):
         raise ConfigurationError(
             "`bulkhead up` is a demo, with keys in files and a model that is none, and serves this machine alone: leave"
-            " BULKHEAD_HOST at 127.0.0.1, or use `bulkhead serve`."
+            " BULKHEAD_HOST at 127.0.0.1 and BULKHEAD_TLS_IN_FRONT at false, or use `bulkhead serve`."
         )
 
 
 def check_settings(settings: Settings, listener: socket.socket) -> None:
     """Before anybody is asked anything. Raise ConfigurationError for what nobody but this machine may reach."""
-    if not is_beyond_loopback(listener):
+    if not is_for_others(settings, listener):
         return
     if not settings.tls_in_front:
         raise ConfigurationError(
@@ -103,7 +110,7 @@ async def check_database(settings: Settings, urls: DatabaseUrls, listener: socke
                         f"BULKHEAD_DATABASE_{other}_URL and BULKHEAD_DATABASE_{setting}_URL have one role, {name}: each"
                         f" needs its own. {_ROLES}"
                     )
-                if setting == "PLATFORM" and is_beyond_loopback(listener):
+                if setting == "PLATFORM" and is_for_others(settings, listener):
                     await _check_no_demo(connection, settings.data_dir)
         finally:
             await engine.dispose()
@@ -116,6 +123,8 @@ async def _checked_role(connection: AsyncConnection, setting: str) -> str:
         "has BYPASSRLS, or may become a role that has": found.bypasses,
         "owns tables, or may become their owner": found.is_owner,
         "makes roles, so it may become their owner": found.makes_roles,
+        "has REPLICATION, so it may copy the whole of the server": found.copies,
+        "reaches the files or programs of the database's server": found.has_files,
     }
     if fault := next((words for words, holds in faults.items() if holds), None):
         raise ConfigurationError(

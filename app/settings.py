@@ -1,4 +1,4 @@
-"""One tree of settings, the only reader of the environment. Every field stands in .env.example."""
+"""One tree of settings, the only one that takes them from the environment. Every field stands in .env.example."""
 
 from __future__ import annotations
 

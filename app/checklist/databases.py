@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import uuid4
 
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -16,11 +17,18 @@ from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
 from app.checklist.ground import ROLES, Ground, is_local
 from app.runs.dispatch import DEAD_AFTER_S
 
+# Of the role and of every role that it may become. Three of Postgres' own reach its files, which no row security holds.
 _ROLE: Final = text("""
-select current_user as name, rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication,
-    (select count(*) from pg_class where relowner = r.oid) as owned,
-    pg_has_role(current_user, (select relowner from pg_class where oid = 'tenants'::regclass), 'member') as is_owner
-from pg_roles r where rolname = current_user
+select current_user as name, bool_or(rolsuper) as rolsuper, bool_or(rolbypassrls) as rolbypassrls,
+    bool_or(rolcreaterole) as rolcreaterole, bool_or(rolcreatedb) as rolcreatedb,
+    bool_or(rolreplication) as rolreplication,
+    bool_or(rolname in ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')) as has_files,
+    exists (
+        select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+        where c.relkind in ('r', 'p') and n.nspname <> 'information_schema' and n.nspname not like 'pg\\_%'
+            and pg_has_role(current_user, c.relowner, 'member')
+    ) as is_owner
+from pg_roles r where pg_has_role(current_user, r.oid, 'member')
 """)
 _RIGHTS: Final = ("rolsuper", "rolbypassrls", "rolcreaterole", "rolcreatedb", "rolreplication")
 _TABLES: Final = text("""
@@ -55,6 +63,7 @@ select count(*) as waiting, coalesce(extract(epoch from max(now() - deferred_at)
      where last_heartbeat > now() - make_interval(secs => :dead_after_s)) as workers
 from runs where state = 'queued'
 """)
+_SET_TENANT: Final = text("select set_config('app.tenant_id', :tenant_id, true)")
 _DENIED: Final = "42501"
 _SKEW_S: Final = 1.0
 _PATIENCE_S: Final = 60
@@ -66,8 +75,10 @@ async def _roles(ground: Ground) -> Verdict:
         (found,) = await ground.database.rows(role, _ROLE)
         names.add(found.name)
         faults += [f"the role {role} has {right.removeprefix('rol')}" for right in _RIGHTS if getattr(found, right)]
-        if found.owned or found.is_owner:
+        if found.is_owner:
             faults.append(f"the role {role} owns tables, or is a member of who does")
+        if found.has_files:
+            faults.append(f"the role {role} reaches the database server's files or programs")
     if len(names) < len(ROLES):
         faults.append("two of the roles are the same")
     return judged(faults, "Three roles, none of them a superuser, an owner, or past row-level security.")
@@ -79,10 +90,14 @@ async def _row_security(ground: Ground) -> Verdict:
         faults = [f"row-level security is not forced on {table.name}" for table in tables if not table.is_forced]
         readable = [table for table in tables if table.is_readable]
         shown = [table.name for table in readable if await _shows_a_row(connection, table)]
+        await connection.execute(_SET_TENANT, {"tenant_id": str(uuid4())})
+        strange = [table.name for table in readable if await _shows_a_row(connection, table)]
     faults += [f"{name} shows rows to a connection without a tenant" for name in shown]
+    faults += [f"{name} shows rows of other tenants to a tenant" for name in strange if name not in shown]
     if not readable:
         faults.append("the role app reads no table")
-    return judged(faults, f"{len(tables)} tables; without a tenant {len(readable)} that can be read show no row.")
+    shows = f"neither without a tenant nor to a new one {len(readable)} that can be read show a row"
+    return judged(faults, f"{len(tables)} tables; {shows}.")
 
 
 async def _shows_a_row(connection: AsyncConnection, table: Any) -> bool:

@@ -75,8 +75,8 @@ class Ground:
 
     @property
     def is_open(self) -> bool:
-        """True where others than this machine may reach the service."""
-        return not is_local(self.settings.host)
+        """True where others than this machine may reach the service, by themselves or by a proxy that is declared."""
+        return self.settings.tls_in_front or not is_local(self.settings.host)
 
 
 def is_local(host: str) -> bool:

@@ -19,7 +19,7 @@ from sqlalchemy import text
 from app.auth import keys
 from app.auth.jwks import DEVELOPMENT_ISSUER
 from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
-from app.checklist.ground import Ground
+from app.checklist.ground import CHECKOUT, Ground
 from app.embedded.demo import ENV_FILE, read_env
 from app.errors import ConfigurationError
 from app.keyring import Keyring
@@ -34,6 +34,8 @@ _SHAPES: Final = (
     r"bh_[0-9A-Za-z]{12}_[0-9A-Za-z]{46}|^-----BEGIN [A-Z ]*PRIVATE KEY-----|AKIA[0-9A-Z]{16}"
     r"|sk-(proj-|ant-)?[A-Za-z0-9_]{40,}|BULKHEAD_(ROOT|AUDIT)_KEYS=[a-z0-9_-]+:[A-Za-z0-9_-]{43}"
 )
+_KNOWN: Final = ("ls-files", "--error-unmatch")
+_IGNORED: Final = ("check-ignore", "--quiet")
 _PLACEHOLDER: Final = re.compile(r"(?i)(change.?me|secret|password|example|placeholder|your.?key|sk-xxx+|x{6,}|test)")
 _FILES: Final = ("machine.env", "platform.env", ENV_FILE, "development-issuer.pem", "postgres/secret")
 _LIVING: Final = text("select count(*) from api_keys where lookup = any(:lookups) and revoked_at is null")
@@ -97,7 +99,10 @@ def _is_key(path: Path) -> bool:
 
 
 def _git(checkout: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    command = [shutil.which("git") or "git", "-c", f"safe.directory={checkout}", "-C", str(checkout), *arguments]
+    # A checkout may name programs that git starts for whoever asks: what is another's is not asked, but for our own,
+    # whose program runs here anyway.
+    safe = ("-c", "core.fsmonitor=false", "-c", f"safe.directory={CHECKOUT}")
+    command = [shutil.which("git") or "git", *safe, "-C", str(checkout), *arguments]
     environment = {"PATH": os.defpath, "GIT_CONFIG_NOSYSTEM": "1", "HOME": "/nonexistent"}
     return subprocess.run(
         command,
@@ -120,12 +125,15 @@ def _judge_env_file(ground: Ground) -> Verdict:
     if not path.exists():
         return passed("There is none.")
     faults = [] if _is_private(path) else ["others on this machine can read .env"]
-    if (path.resolve().parent / ".git").exists():
-        folder = path.resolve().parent
-        if _git(folder, "ls-files", "--error-unmatch", path.name).returncode == 0:
+    folder = path.resolve().parent
+    if (folder / ".git").exists():
+        is_known, is_ignored = (_git(folder, *words, path.name).returncode for words in (_KNOWN, _IGNORED))
+        if is_known == 0:
             faults.append(".env is under version control")
-        elif _git(folder, "check-ignore", "--quiet", path.name).returncode == 1:
+        elif is_ignored == 1:
             faults.append(".env is not ignored: the next commit may take it")
+        elif not faults and is_ignored != 0:
+            return warned("git does not say whether .env is under version control.")
     return judged(faults, "It is its owner's alone, and not under version control.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Final
 
@@ -12,12 +13,14 @@ import psutil
 
 from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
 from app.checklist.ground import Ground, is_local
+from app.errors import HostNotTrusted
 
 _PROC: Final = Path("/proc")
 _PATIENCE_S: Final = 60  # the item's own time is shorter
 _CAPABILITIES: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _MARKS: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _WIDE: Final = 16  # bits: a network of more addresses is no list of hosts
+_LINK: Final = 64  # bits: what one link of IPv6 has, such as that of the proxies
 
 
 def _status(process: int) -> Mapping[str, str]:
@@ -102,20 +105,24 @@ async def _hosts(ground: Ground) -> Verdict:
         return failed("Nothing answers where the settings say that the service is.")
     if answer.status_code < httpx.codes.BAD_REQUEST:
         return failed("The service answers whoever calls it by a name that is not its own.")
+    if HostNotTrusted.code not in answer.text:
+        return failed(f"It cannot be told: the service answered {answer.status_code}, and not because of the name.")
     return passed("A request for a name that is not the service's is refused.")
 
 
 async def _docs(ground: Ground) -> Verdict:
     names = ground.settings.trusted_hosts
-    answer = await _asked(ground, "/docs", {"Host": names[0]} if names else {})
+    answer = await _asked(ground, "/docs", {"Host": names[0] if names else "localhost"})
     if answer is None:
         return failed("Nothing answers where the settings say that the service is.")
-    if answer.is_error:
+    if answer.status_code == httpx.codes.NOT_FOUND:
         return passed("There is none.")
+    if not answer.is_success:
+        return failed(f"It cannot be told: the service answered {answer.status_code}.")
     if re.search(r"(src|href)=[\"']?(https?:)?//", answer.text):
         return failed("The page of the API loads what is on other hosts.", "Run the version as it was released.")
     if ground.is_open:
-        return warned("The page of the API is shown beyond this machine.")
+        return warned("The page of the API is shown beyond this machine, as far as what is in front passes it on.")
     return passed("The page of the API is for this machine alone, and loads nothing from elsewhere.")
 
 
@@ -138,11 +145,14 @@ async def _openings(ground: Ground) -> Verdict:
         if getattr(settings, name)
     ]
     networks = [each for found in settings.egress_private_networks.values() for each in found]
-    faults += [
-        f"{each} is open to servers of tenants" for each in networks if each.max_prefixlen - each.prefixlen > _WIDE
-    ]
-    faults += [f"{each} is believed as a proxy" for each in settings.trusted_proxies if not each.prefixlen]
+    faults += [f"{each} is open to servers of tenants" for each in networks if _bits(each) > _WIDE]
+    proxies = [each for each in settings.trusted_proxies if _bits(each) > (_WIDE if each.version == 4 else _LINK)]
+    faults += [f"all of {each} is believed as a proxy" for each in proxies]
     return judged(faults, "Nothing on this machine, and no wide network, is open to what tenants name.", worst=warned)
+
+
+def _bits(network: IPv4Network | IPv6Network) -> int:
+    return network.max_prefixlen - network.prefixlen
 
 
 _USER_FIX: Final = "Run the image as it is (user 10001), or the service as a user of its own."

@@ -38,12 +38,13 @@ _NOTICE_DAYS: Final = 180
 
 
 def _pins(ground: Ground) -> dict[str, tuple[set[str], bool]]:
-    """By name: the versions that are pinned, and whether one has to be there on every machine."""
+    """By name: the versions that are pinned, and whether one has to be there on every machine; the SDKs need not be."""
     found: dict[str, tuple[set[str], bool]] = {}
-    path = ground.checkout / "requirements" / "base.txt"
-    for name, version, marker in _PIN.findall(path.read_text() if path.exists() else ""):
-        versions, is_needed = found.get(name, (set(), False))
-        found[name] = (versions | {version}, is_needed or not marker)
+    for lock in ("base.txt", "cloud.txt"):
+        path = ground.checkout / "requirements" / lock
+        for name, version, marker in _PIN.findall(path.read_text() if path.exists() else ""):
+            versions, is_needed = found.get(name, (set(), False))
+            found[name] = (versions | {version}, is_needed or (lock == "base.txt" and not marker))
     return found
 
 
@@ -60,7 +61,7 @@ async def _pinned(ground: Ground) -> Verdict:
 
 def _compare(ground: Ground) -> Verdict:
     pins = _pins(ground)
-    if not pins:
+    if not any(is_needed for _, is_needed in pins.values()):
         return failed("requirements/base.txt is not here, or pins nothing.")
     faults = []
     for name, (versions, is_needed) in pins.items():
@@ -220,7 +221,7 @@ ITEMS: Final = (
         "dependencies-pinned",
         (16,),
         "What is installed is what is pinned",
-        "Install requirements/base.txt with --require-hashes into a new environment.",
+        "Install requirements/base.txt, or cloud.txt, with --require-hashes into a new environment.",
         _pinned,
     ),
     Item(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -84,22 +85,26 @@ def _started(postgres: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
 
 @contextmanager
 def _new(file: Path) -> Iterator[int]:
-    """A file of ours alone, there once it is whole and on the disk."""
-    part = file.with_name(file.name + ".part")
-    if file.exists():
-        raise ConfigurationError(f"{file} is there already, and stays as it is.")
+    """A file of ours alone, there once it is whole and on the disk; another dump to it has a part of its own."""
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
+    _check_new(file)
     try:
-        part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be written ({error.strerror}).") from None
     try:
         yield descriptor
         os.fsync(descriptor)
+        _check_new(file)
         part.rename(file)
     finally:
         os.close(descriptor)
         part.unlink(missing_ok=True)
+
+
+def _check_new(file: Path) -> None:
+    if os.path.lexists(file):
+        raise ConfigurationError(f"{file} is there already, and stays as it is.")
 
 
 def _do(postgres: EmbeddedPostgres, words: Sequence[str], *, out: int = subprocess.DEVNULL) -> None:

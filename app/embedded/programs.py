@@ -36,7 +36,8 @@ class Programs:
     def __init__(self, *, packages: Path | None, copies: Path, folder: Path | None = None) -> None:
         self._packages = packages
         self._copies = copies
-        self._folder = folder
+        # As seen from here: the programs are started in the root, where a relative path may be anybody's.
+        self._folder = folder and folder.absolute()
 
     def server(self, account: dict[str, Any]) -> Server:
         """A server that the account can run: the package's, or a copy where only we write."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -104,3 +105,33 @@ def test_every_kind_of_secret_is_known_without_what_stands_around_it() -> None:
     found_values = list(values(settings))
     assert {ROOT_KEY.partition(":")[2], "token", "word", "Bearer abc", "y"} < set(found_values)
     assert len([value for value in found_values if len(value) == 43]) == 2
+
+
+async def test_a_program_that_the_checkout_names_is_not_started(checkout: Path, git: Git) -> None:
+    """What git asks for changes is a program that `core.fsmonitor` names; the control is git by itself."""
+    (checkout / ".env").write_text("A=b\n")
+    (checkout / ".env").chmod(0o600)
+    (checkout / ".gitignore").write_text(".env\n")
+    git("add", ".gitignore")
+    mark, program = checkout / "started", checkout / "program"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    git("config", "core.fsmonitor", str(program))
+    git("ls-files")
+    assert mark.exists()
+    mark.unlink()
+    for item in ("env-file", "keys-not-in-git"):
+        assert (await found(item, checkout)).status == "pass"
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a checkout of somebody else's")
+async def test_an_env_file_in_anothers_checkout_is_not_called_safe(checkout: Path, git: Git) -> None:
+    (checkout / ".env").write_text("A=b\n")
+    (checkout / ".env").chmod(0o600)
+    git("add", ".env")
+    assert (await found("env-file", checkout)).status == "fail", "the control: it is ours, and git is asked"
+    os.chown(checkout, 65534, 65534)
+    os.chown(checkout / ".git", 65534, 65534)
+    verdict = await found("env-file", checkout)
+    assert (verdict.status, "git does not say" in verdict.detail) == ("warn", True)

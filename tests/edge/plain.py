@@ -45,7 +45,7 @@ class Plain:
         self.headers = list(scope["headers"])
         if scope["path"] == "/slow":
             await asyncio.sleep(0.6)
-        pieces = [bytes(1 << 17)] * (LARGE >> 17) if scope["path"] == "/large" else [b"ok"]
+        pieces = {"/large": [bytes(1 << 17)] * (LARGE >> 17), "/whole": [bytes(LARGE)]}.get(scope["path"], [b"ok"])
         await send(_start(sum(map(len, pieces))))
         for piece in pieces:
             await send({"type": "http.response.body", "body": piece, "more_body": True})

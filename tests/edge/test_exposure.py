@@ -31,6 +31,8 @@ STRONG: Final = {
     "bypasses": "create role {name} login bypassrls password 'x'",
     "maker": "create role {name} login createrole password 'x'",
     "heir": "create role {name} login noinherit password 'x' in role bulkhead_owner",
+    "copier": "create role {name} login replication password 'x'",
+    "reader": "create role {name} login password 'x' in role pg_read_server_files",
 }
 
 
@@ -104,7 +106,8 @@ async def test_without_tls_declared_nothing_is_served_beyond_loopback(
 
 async def test_the_demo_serves_its_machine_alone(started: Commands) -> None:
     without = {f"DATABASE_{role}_URL": None for role in ("APP", "PLATFORM", "SEALER")}
-    await assert_refused(started, "up", "is a demo", ROOT_KEYS=None, METRICS_TOKEN=None, **without)
+    for there in ({}, {"HOST": "127.0.0.1"}):  # a proxy on this machine leads others to loopback
+        await assert_refused(started, "up", "is a demo", ROOT_KEYS=None, METRICS_TOKEN=None, **without, **there)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,8 @@ async def test_the_demo_serves_its_machine_alone(started: Commands) -> None:
 async def test_keys_of_a_demo_are_refused_by_their_mark(
     started: Commands, command: str, setting: str, value: str
 ) -> None:
-    await assert_refused(started, command, f"BULKHEAD_{setting}", **{setting: value})
+    for host in ("0.0.0.0", "127.0.0.1"):  # noqa: S104  the proxy that is declared finds it there, too
+        await assert_refused(started, command, f"BULKHEAD_{setting}", HOST=host, **{setting: value})
 
 
 async def test_keys_of_the_demo_that_lies_here_are_refused_under_any_name(started: Commands, tmp_path: Path) -> None:
@@ -142,6 +146,7 @@ async def test_the_database_of_a_demo_is_refused_for_its_issuer(started: Command
         await session.execute(text(insert), values)
     try:
         await assert_refused(started, "serve", "The database has a demo in it")
+        await assert_refused(started, "serve", "The database has a demo in it", HOST="127.0.0.1")
     finally:
         async with owner.transaction(PLATFORM_TENANT) as session:
             await session.execute(text("delete from issuers where issuer = :issuer"), values)
@@ -190,6 +195,8 @@ async def strong(postgres: EmbeddedPostgres, urls: DatabaseUrls) -> AsyncIterato
         ("APP", "owner", "owns tables"),
         ("APP", "heir", "may become their owner"),
         ("APP", "maker", "makes roles"),
+        ("APP", "copier", "has REPLICATION"),
+        ("SEALER", "reader", "reaches the files or programs"),
     ],
 )
 async def test_a_role_that_row_level_security_does_not_hold_is_refused_on_loopback_too(

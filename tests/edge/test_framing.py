@@ -32,6 +32,11 @@ REFUSED: Final = {
     "a length with a sign": post(b"Content-Length: +2\r\n", b"hi"),
     "a length that no number holds": post(b"Content-Length: 99999999999999999999999\r\n", b"hi"),
     "two codings": post(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", b"0\r\n\r\n" + NEXT),
+    "a coding beneath the chunks": post(b"Transfer-Encoding: gzip, chunked\r\n", b"2\r\nhi\r\n0\r\n\r\n" + NEXT),
+    "a coding in a line of its own": post(
+        b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", b"2\r\nhi\r\n0\r\n\r\n" + NEXT
+    ),
+    "chunks twice": post(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + NEXT),
     "a coding that is none": post(b"Transfer-Encoding: xchunked\r\n", b"0\r\n\r\n" + NEXT),
     "a blank before the colon": post(b"Transfer-Encoding : chunked\r\n", b"0\r\n\r\n" + NEXT),
     "bare line feeds": b"GET /a HTTP/1.1\nHost: a\n\n",

@@ -127,6 +127,21 @@ async def test_who_reads_gets_all_of_a_large_answer() -> None:
     assert len(answers.raw) > LARGE
 
 
+@pytest.mark.parametrize("words", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+async def test_what_is_sent_as_a_whole_has_its_time_for_each_piece(words: bytes) -> None:
+    async with plain(QUICK) as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.port, limit=1 << 16)
+        began, read = time.monotonic(), 0
+        writer.write(b"GET /whole HTTP/1.1\r\nHost: a\r\n" + words + b"\r\n")
+        async with asyncio.timeout(20):
+            while read < LARGE and (piece := await reader.read(1 << 18)):
+                read += len(piece)
+                await asyncio.sleep(0.03)
+        assert time.monotonic() - began > 2 * QUICK.send_s, "longer than one piece may take"
+        assert read > LARGE
+        writer.close()
+
+
 async def test_what_is_closed_and_not_read_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Closing waits until the client has read what is left: for ever, were it not watched."""
     lost: list[Connection] = []

@@ -81,7 +81,7 @@ def test_nothing_is_anybodys_to_change(files: Path) -> None:
 def test_nothing_of_the_checkout_is_there_that_does_not_run(files: Path) -> None:
     ours = {str(path.relative_to(files / "opt/bulkhead")) for path in (files / "opt/bulkhead").iterdir()}
     assert ours == {"LICENSE", "alembic.ini", "app", "migrations", "requirements"}
-    assert {path.name for path in (files / "opt/bulkhead/requirements").iterdir()} == {"base.txt"}
+    assert {path.name for path in (files / "opt/bulkhead/requirements").iterdir()} == {"base.txt", "cloud.txt"}
     names = {path.name for path in _walk(files)}
     assert not names & {".git", ".env", "demo.env", "pip.conf", ".bulkhead", "Dockerfile", "Makefile"}
     assert not any(name.startswith(".env") for name in names)

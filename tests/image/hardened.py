@@ -6,6 +6,7 @@ Run by `make image-test`; it takes root, podman and runc, and so has no name tha
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -132,6 +133,33 @@ def test_no_process_has_a_right_that_it_could_lose(deployment: Deployment) -> No
         assert told["Uid"].split() == told["Gid"].split() == [str(UID)] * 4
         assert {told[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
         assert (told["NoNewPrivs"], told["Seccomp"]) == ("1", "2")
+
+
+# What the image itself, and how it is run, must make pass; the others hang on what is around it.
+_OF_THE_IMAGE: Final = {
+    *("process-user", "process-rights", "read-only-root", "programs-owned", "python-supported", "schema-version"),
+    *("dependencies-pinned", "dependencies-intact", "libraries-silent", "sandbox-egress", "metadata-refused"),
+    *("path-canary", "service-ready", "trusted-hosts", "docs-page", "database-link", "required-keys"),
+}
+
+
+def test_the_doctor_works_in_it_and_finds_nothing_to_mend(deployment: Deployment) -> None:
+    ended = deployment.service.execute("bulkhead", "doctor", "--json", "--patience", "60")
+    items = {each["id"]: each for each in json.loads(ended.output)["items"]}
+    assert (ended.status, [each for each in items.values() if each["status"] == "fail"]) == (0, [])
+    assert [items[name] for name in _OF_THE_IMAGE if items[name]["status"] != "pass"] == []
+    pinned = re.findall(r"^([a-z0-9._-]+)==", (containers.ROOT / "requirements/cloud.txt").read_text(), re.MULTILINE)
+    assert items["dependencies-pinned"]["detail"].startswith(f"{len(set(pinned))} pins"), "also of the clouds' SDKs"
+    env = deployment.site.env
+    for secret in (env["BULKHEAD_ROOT_KEYS"].partition(":")[2], env["BULKHEAD_DATABASE_APP_URL"], deployment.user_key):
+        assert secret not in ended.output + ended.complaint
+
+
+def test_the_doctor_fails_for_what_is_not_in_order(deployment: Deployment) -> None:
+    broken = {"BULKHEAD_MODEL_API_KEY": "change-me"}
+    ended = deployment.service.execute("bulkhead", "doctor", "--json", "--patience", "60", env=broken)
+    failed = {each["id"] for each in json.loads(ended.output)["items"] if each["status"] == "fail"}
+    assert (ended.status, "required-keys" in failed) == (1, True)
 
 
 def test_nothing_of_the_image_can_be_written(deployment: Deployment) -> None:

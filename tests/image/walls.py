@@ -32,6 +32,13 @@ for child in made:
     os.kill(child, signal.SIGKILL)
 print(len(made))
 """
+_SOCKETS = """
+import ctypes, errno
+call = ctypes.CDLL(None, use_errno=True).socket
+call.argtypes = [ctypes.c_long] * 3
+for family in (40, 40 + (1 << 32)):
+    print("made" if call(family, 1, 0) >= 0 else errno.errorcode[ctypes.get_errno()])
+"""
 _PROBE = ("sandbox", "probe")
 _ADDED = ("clone", "mount", "pivot_root", "sethostname", "umount2", "unshare")
 
@@ -77,6 +84,23 @@ def test_our_profile_is_what_bubblewrap_takes_and_no_more(tmp_path: Path) -> Non
     assert _probe("--security-opt", f"seccomp={PROFILE}", *unmasked) == "bubblewrap"
     for call in _ADDED:
         assert _probe("--security-opt", f"seccomp={without(tmp_path, call)}", *unmasked) == "landlock", call
+
+
+def test_our_profile_lets_nobody_make_these_sockets_however_they_are_asked_for(tmp_path: Path) -> None:
+    """A vsock reaches a hypervisor. The control is a profile that lets all be that is not exactly the family."""
+    loose = json.loads(PROFILE.read_text())
+    loose["syscalls"].append(
+        {"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_GT"}]}
+    )
+    (tmp_path / "loose.json").write_text(json.dumps(loose))
+    assert _made(tmp_path / "loose.json") == [False, True], "the control"
+    assert _made(PROFILE) == [False, False]
+
+
+def _made(profile: Path) -> list[bool]:
+    """Whether the filter lets the kernel see vsock: as it is, and with a bit that the kernel does not read."""
+    ended = containers.python(_SOCKETS, options=["--security-opt", f"seccomp={profile}"])
+    return [line != "EPERM" for line in ended.output.split()]
 
 
 def test_bubblewrap_takes_an_unmasked_proc_too(tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ FOUND: Final[list[tuple[str, Change, str]]] = [
         lambda found: _main(found)["env"].remove(_variable("BULKHEAD_ROOT_KEYS")(found)),
         "needs BULKHEAD_ROOT_KEYS",
     ),
+    ("proxies", lambda found: _config(found).update(BULKHEAD_TRUSTED_PROXIES="10.0.0.0/8"), "all of 10.0.0.0/8"),
+    ("proxies", lambda found: _config(found).update(BULKHEAD_TRUSTED_PROXIES="10.1.2.0/24,0.0.0.0/0"), "0.0.0.0/0"),
     ("strangers", _without(_pod, "enableServiceLinks"), "is told of Services"),
     ("times", _put(_pod, terminationGracePeriodSeconds=30), "before it has drained"),
     ("times", _without(_main, "lifecycle"), "still sent"),

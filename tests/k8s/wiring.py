@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_network
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -35,6 +36,8 @@ REQUIRED: Final[Mapping[str, set[str]]] = {
     "migrate": {*_URLS, "BULKHEAD_DATABASE_OWNER_URL"},
     "admin bootstrap": {*_URLS, "BULKHEAD_DATABASE_OWNER_URL", "BULKHEAD_ROOT_KEYS"},
 }
+# A front end's pods have this many bits of addresses at most: not a cluster's whole network.
+_FRONT_END_BITS: Final = 12
 # After a run's last moment, for answers and for the record.
 _CLOSING_S: Final = 10
 
@@ -207,6 +210,16 @@ def _values(container: Manifest, found: Sequence[Manifest]) -> dict[str, str]:
     return values
 
 
+def proxies(found: Sequence[Manifest]) -> Iterator[str]:
+    """Who may say whose address a request has is a few addresses."""
+    for each in pods(found):
+        for container in each.containers:
+            said = _values(container, found).get("BULKHEAD_TRUSTED_PROXIES", "")
+            networks = [ip_network(part.strip()) for part in said.split(",") if part.strip()]
+            for wide in (net for net in networks if net.max_prefixlen - net.prefixlen > _FRONT_END_BITS):
+                yield f"{each.name} {container['name']}: believes all of {wide}"
+
+
 def strangers(found: Sequence[Manifest]) -> Iterator[str]:
     """Kubernetes adds nothing to the environment: the variables of a Service `bulkhead-api` look like settings of ours,
     and a service that is told of one that it does not know does not start.
@@ -258,6 +271,7 @@ def _unknown_ports(policy: Manifest, of_pods: Sequence[Pods]) -> set[Any]:
 CHECKS: Final[Mapping[str, Check]] = {
     check.__name__: check
     for check in (
-        *(selectors, targets, ports, scraped, listening, probes, volumes, relay, settings, strangers, times, covered),
+        *(selectors, targets, ports, scraped, listening, probes, volumes, relay, settings, proxies, strangers, times),
+        covered,
     )
 }
