@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: up down reset test test-long packages browser monitoring node check docs bench lock help anew image image-base image-test containers kubectl manifests
+.PHONY: install up down reset test test-long packages browser monitoring node check docs bench bench-peers lock help anew image image-base image-test containers kubectl manifests
 
 BIN := .venv/bin
 
@@ -53,7 +53,7 @@ then
   $(choose_python)
   "$$python" -m venv --clear .venv
 fi
-count=$$(grep -c '==' requirements/$(1).txt)
+count=$$(sed -n 's/^\([a-z0-9][^ =]*\)==.*/\1/p' requirements/$(1).txt | sort -u | wc -l)
 echo "Installing the $$count packages of requirements/$(1).txt into .venv; once, about a minute."
 $(BIN)/python $(PIP_INSTALL) requirements/$(1).txt $(if $(filter dev,$(1)),-r requirements/corpora.txt)
 touch '$(RUNTIME)' '$@'
@@ -77,6 +77,8 @@ $(BIN)/bulkhead: $(RUNTIME)
 	  'export PYTHONPATH="$$home"' \
 	  'exec "$$home/$(BIN)/python" -m app.cli "$$@"' > $@
 	chmod +x $@
+
+install: $(BIN)/bulkhead  ## Make .venv/bin/bulkhead, and start nothing
 
 up: $(BIN)/bulkhead  ## Start everything on this machine, with two demo tenants; Ctrl-C stops it
 	@exec $(BIN)/python -m app.cli up
@@ -177,6 +179,10 @@ bench: $(TOOLS)  ## Run every command in benchmarks/
 	  echo "== $$name"
 	  $(BIN)/python -m "benchmarks.$$name"
 	done
+
+bench-peers: $(TOOLS)  ## Compare with other systems, in environments of their own; about half an hour
+	@$(BIN)/python -m benchmarks.peers environments
+	exec $(BIN)/python -m benchmarks.peers run
 
 # --- The image: docs/deploy/image.md
 
@@ -290,6 +296,11 @@ manifests: $(TOOLS) $(CHECKOV) kubectl  ## Render k8s/ and check it: schemas, ch
 	$(BIN)/python -m tests.k8s.check "$$work"/*.yaml
 	$(BIN)/python -m pytest -q tests/k8s
 
+# Of those that `make bench-peers` compares with; each has its own.
+PEERS := benchmarks/peers
+PIN := UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 "$$work/venv/bin/uv" pip compile --quiet --universal \
+  --generate-hashes --no-emit-index-url --no-header
+
 lock:  ## Pin all requirements again, with hashes; what still fits stays, unless UPGRADE=1
 	@$(choose_python)
 	work=$$(mktemp -d)
@@ -299,15 +310,21 @@ lock:  ## Pin all requirements again, with hashes; what still fits stays, unless
 	cp requirements/*.in requirements/*.txt "$$work"
 	for name in base cloud dev corpora deploy uv; do
 	  echo "Pinning requirements/$$name.txt"
-	  ( cd "$$work" && UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=1 venv/bin/uv pip compile --quiet --universal \
-	    --python venv/bin/python --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  ( cd "$$work" && $(PIN) --python venv/bin/python --python-version 3.11 \
 	    $(addprefix --no-emit-package ,$(LEFT_OUT)) \
 	    $(if $(filter 1,$(UPGRADE)),--upgrade) $$([ $$name != corpora ] || echo --no-deps) --output-file $$name.txt $$name.in )
 	done
-	! grep -Hn '://' "$$work"/*.txt || fail 'These lines carry an address; nothing was written.'
+	mkdir "$$work/peers" && cp $(PEERS)/*.in $(PEERS)/*.txt "$$work/peers"
+	for name in agno:3.11 litellm:3.11 aegra:3.12; do
+	  echo "Pinning $(PEERS)/$${name%:*}.txt"
+	  ( cd "$$work/peers" && $(PIN) --python ../venv/bin/python --python-version "$${name#*:}" \
+	    $(if $(filter 1,$(UPGRADE)),--upgrade) --output-file "$${name%:*}.txt" "$${name%:*}.in" )
+	done
+	! grep -Hn '://' "$$work"/*.txt "$$work"/peers/*.txt || fail 'These lines carry an address; nothing was written.'
 	cp "$$work"/*.txt requirements/
-	git --no-pager diff --stat -- requirements
-	git --no-pager diff --unified=0 -- requirements | sed -n 's/^\([-+][a-z0-9][^ ]*==[^ ]*\).*/\1/p' | sort -u -k1.2
+	cp "$$work"/peers/*.txt $(PEERS)/
+	git --no-pager diff --stat -- requirements $(PEERS)
+	git --no-pager diff --unified=0 -- requirements $(PEERS) | sed -n 's/^\([-+][a-z0-9][^ ]*==[^ ]*\).*/\1/p' | sort -u -k1.2
 
 help:  ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile

@@ -2,3 +2,5 @@
 
 # First of all: it silences libraries that read the environment when they are imported.
 from app import silence as silence
+
+VERSION = "0.1.0"

@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -27,11 +29,11 @@ import structlog
 import typer
 import uvloop
 from alembic.util import CommandError
-from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import exposure, migration
+from app import VERSION, exposure, migration
 from app.audit_cli.commands import audit
+from app.audit_cli.ground import load_settings, unusable
 from app.db import Database, DatabaseUrls, create_engine, database_urls
 from app.doctor import doctor
 from app.embedded.bootstrap import bootstrap as bootstrap_platform
@@ -47,7 +49,7 @@ from app.operator_cli.keys import keys
 from app.policy_cli.commands import policy
 from app.sandbox.choice import ProbedSandbox, choose
 from app.servers.postgres import roles as postgres_roles
-from app.settings import Settings, SettingsError, unknown_names
+from app.settings import Settings
 from app.telemetry import logs
 
 if TYPE_CHECKING:
@@ -83,25 +85,26 @@ def main() -> None:
     """Run the command; an error of ours is one line, not a traceback."""
     logs.configure("warning", stream="stderr")  # what a command prints is for whoever called it, and unmixed
     try:
-        cli(obj=_settings)  # for the commands that are elsewhere
+        cli(prog_name="bulkhead", obj=load_settings)  # the latter for the commands that are elsewhere
     except AppError as error:
         print(f"bulkhead: {error.detail}", file=sys.stderr)
         sys.exit(1)
 
 
-def _settings() -> Settings:
-    if unknown := unknown_names(read_env(Path(".env"))):
-        raise ConfigurationError(f"There is no setting {', '.join(sorted(unknown))}: .env or the environment names it.")
-    try:
-        return Settings()
-    except ValidationError as error:
-        faults = "; ".join(
-            ": ".join([*(f"BULKHEAD_{name}".upper() for name in fault["loc"][:1]), fault["msg"]])
-            for fault in error.errors()
-        )
-        raise ConfigurationError(f"The settings are not valid: {faults}.") from None
-    except SettingsError as error:  # where a field takes JSON and the text is none
-        raise ConfigurationError(f"The settings are not valid: {error}.") from None
+def _show_version(wanted: bool) -> None:  # noqa: FBT001  typer calls it so
+    if wanted:
+        print(f"bulkhead {VERSION}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _bulkhead(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Agents as a service, one watertight compartment a tenant."""
 
 
 def _log_as(settings: Settings) -> None:
@@ -114,14 +117,15 @@ def _log_as(settings: Settings) -> None:
 @cli.command()
 def up() -> None:
     """Start everything on this machine, with two demo tenants; Ctrl-C stops it."""
-    settings = _settings()
+    settings = load_settings()
     _log_as(settings)
     machine = Machine(settings)
     with interruptible(), machine.held(), bound(settings.host, settings.port) as listener:
         exposure.check_demo(settings, listener)
         settings = machine.settings(settings)
         print(f"Bulkhead starts on {machine.directory} ...", flush=True)
-        with machine.database(settings) as urls:
+        # The import is most of a start, and Postgres needs some of that time for itself.
+        with machine.database(settings, partial(import_module, "app.serving")) as urls:
             with _database_explained():
                 migration.upgrade(urls, sandbox_uids=settings.sandbox_uid_range)
             uvloop.run(until_interrupted(_up(machine, settings, urls, listener)))
@@ -147,7 +151,7 @@ async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls, listener
 @cli.command()
 def serve() -> None:
     """Serve on the configured database; migrations and the first admin are there already."""
-    settings = _settings()
+    settings = load_settings()
     _log_as(settings)
     urls = _urls(settings)
     with interruptible(), bound(settings.host, settings.port) as listener, _database_explained():
@@ -169,7 +173,7 @@ async def _serve(settings: Settings, urls: DatabaseUrls, listener: socket.socket
 @cli.command()
 def worker() -> None:
     """Execute background runs of the configured database, beside any number of other workers."""
-    settings = _settings()
+    settings = load_settings()
     _log_as(settings)
     urls = _urls(settings)
     with (
@@ -195,7 +199,7 @@ async def _work(settings: Settings, urls: DatabaseUrls, listener: socket.socket)
 @cli.command()
 def egress() -> None:
     """Be the egress relay at BULKHEAD_EGRESS_SOCKET, for a service in another container of the same user."""
-    settings = _settings()
+    settings = load_settings()
     if settings.egress_socket is None:
         raise ConfigurationError("Set BULKHEAD_EGRESS_SOCKET; without it the service starts a relay itself.")
     trusted = ["--ca", str(settings.server_ca_file.absolute())] if settings.server_ca_file is not None else []
@@ -208,7 +212,7 @@ def egress() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema to what this version needs, as the owner role."""
-    settings = _settings()
+    settings = load_settings()
     urls = _owner_urls(settings)
     with _database_explained():
         migration.upgrade(urls, sandbox_uids=settings.sandbox_uid_range)
@@ -217,7 +221,7 @@ def migrate() -> None:
 @cli.command()
 def down() -> None:
     """Stop what `bulkhead up` started, and the embedded Postgres."""
-    machine = Machine(_settings())
+    machine = Machine(load_settings())
     print("Stopped; the data stays." if _stop(machine) else f"Nothing runs on {machine.directory}.")
 
 
@@ -242,7 +246,7 @@ def _await_end(machine: Machine) -> None:
 @cli.command()
 def reset(*, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete all data of this machine's Bulkhead."""
-    machine = Machine(_settings())
+    machine = Machine(load_settings())
     machine.check_ours()
     if not machine.directory.exists():
         print(f"There is nothing to delete: {machine.directory} is not there.")
@@ -261,7 +265,7 @@ def token(
     hours: Annotated[float, typer.Option(min=0.01, max=24)] = 1,
 ) -> None:
     """Print a token of the development issuer, for the demo's first tenant."""
-    settings = _settings()
+    settings = load_settings()
     values = read_env(settings.data_dir / ENV_FILE)
     if "BULKHEAD_DEMO_TENANT" not in values:
         raise ConfigurationError("The development issuer is part of the demo: `make up` starts it.")
@@ -279,7 +283,7 @@ def root_key(key_id: str = "k1") -> None:
 @admin.command()
 def bootstrap() -> None:
     """Make the first admin of the platform and print its key, this once; needs the owner's URL."""
-    settings = _settings()
+    settings = load_settings()
     owner_url = _owner_urls(settings).owner or ""
     with _database_explained():
         print(asyncio.run(_bootstrap(owner_url, _keyring(settings))))
@@ -288,6 +292,7 @@ def bootstrap() -> None:
 async def _bootstrap(owner_url: str, keyring: Keyring) -> str:
     engine = create_engine(owner_url, pool_size=2)
     try:
+        await migration.require_schema(engine)
         return (await bootstrap_platform(Database(engine), keyring)).text
     finally:
         await engine.dispose()
@@ -313,14 +318,14 @@ def postgres_role(
 @sandbox.command()
 def probe() -> None:
     """Attack the sandbox from inside and say whether it holds here, and if not, what would help."""
-    chosen = _required(asyncio.run(choose(_settings().sandbox)))
+    chosen = _required(asyncio.run(choose(load_settings().sandbox)))
     print(f"{chosen.name}: holds" + (f" ({chosen.result.note})" if chosen.result.note else ""))
 
 
 @servers.command()
 def install(name: str) -> None:
     """Build the environment of a catalogue's entry from its lock, with every hash checked."""
-    _settings().data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    load_settings().data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     was_built = _installs().install(name)
     print(f"{name} is installed." if was_built else f"{name} is installed already, and as it was built.")
 
@@ -343,7 +348,7 @@ def verify(name: str) -> None:
 def _installs() -> Installs:
     from app.servers.installs import below  # noqa: PLC0415  it brings the policies with it
 
-    settings = _settings()
+    settings = load_settings()
     return below(settings.data_dir.resolve(), settings.server_catalogue)
 
 
@@ -363,7 +368,7 @@ def _database_explained() -> Iterator[None]:
     except CommandError as error:
         raise ConfigurationError(f"The database's schema is not known to this version: {error}") from None
     except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
-        raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
+        raise unusable(error) from None
 
 
 def _owner_urls(settings: Settings) -> DatabaseUrls:
@@ -385,7 +390,7 @@ def _urls(settings: Settings) -> DatabaseUrls:
 def _keyring(settings: Settings) -> Keyring:
     if settings.root_keys is None:
         raise ConfigurationError("Set BULKHEAD_ROOT_KEYS; `bulkhead root-key` prints a new one.")
-    return Keyring.parse(settings.root_keys.get_secret_value())
+    return Keyring.parse(settings.root_keys.get_secret_value(), source="BULKHEAD_ROOT_KEYS")
 
 
 if __name__ == "__main__":

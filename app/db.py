@@ -20,6 +20,7 @@ from app.errors import ConfigurationError
 from app.settings import Settings
 from app.telemetry import traces
 from app.telemetry.traces import Span
+from app.writes import session_of
 
 _PORT: Final = 5432
 # A process that stalls in the middle loses its locks, which others wait for, as soon as a statement would.
@@ -184,7 +185,7 @@ class Database:
         """Commit at the end of the block, roll back where it raises."""
         with in_trace("app"):
             async with (
-                AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
+                session_of(self._engine) as session,
                 session.begin(),
             ):
                 await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})

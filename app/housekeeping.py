@@ -35,7 +35,7 @@ async def keep_house(
 
     A chore that fails stops neither the others nor its own next time.
     """
-    records = (authenticator.flush_failures, authenticator.flush_uses, outbox.flush)
+    records = (authenticator.flush_failures, authenticator.flush_uses, authenticator.note_uses, outbox.flush)
     always = (partial(_evict, pool), pool.measure, *records, *more)
     rounds = 0
     while True:

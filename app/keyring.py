@@ -26,6 +26,7 @@ KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _DIGEST_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_ID_FORM: Final = "it has at most 32 lower-case letters, digits, - and _, the first a letter or a digit"
 # 32 random bytes hold fewer distinct values than this once in 10**30: a typed or repeated key.
 _MIN_DISTINCT_BYTES: Final = 12
 
@@ -118,12 +119,18 @@ class Keyring:
         self.active = active
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read "id:base64url,id2:base64url"; the first is active. Raise ConfigurationError, without a key."""
-        entries = [_parse_entry(entry) for entry in text.split(",")]
+    def parse(cls, text: str, *, source: str = "The keyring") -> Self:
+        """Read "id:base64url,id2:base64url"; the first is active.
+
+        Raise ConfigurationError, which names the source and no key.
+        """
+        try:
+            entries = [_parse_entry(entry) for entry in text.split(",")]
+        except ValueError as error:
+            raise ConfigurationError(f"{source}: {error}.") from None
         keys = dict(entries)
         if len(keys) != len(entries):
-            raise ConfigurationError("The keyring names a key id twice.")
+            raise ConfigurationError(f"{source} names a key id twice.")
         return cls(keys, entries[0][0])
 
     def __repr__(self) -> str:
@@ -188,18 +195,21 @@ def _taken_over(purpose: str, aad: bytes) -> bytes:
 
 
 def new_entry(key_id: str) -> str:
-    """Make a random key in the form that `Keyring.parse` reads."""
+    """Make a random key in the form that `Keyring.parse` reads; raise ConfigurationError for what is no id."""
+    if not _KEY_ID.fullmatch(key_id):
+        raise ConfigurationError(f"{key_id!r} is no key id: {_ID_FORM}.")
     return f"{key_id}:{base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).decode().rstrip('=')}"
 
 
 def _parse_entry(entry: str) -> tuple[str, bytes]:
-    key_id, _, encoded = entry.strip().partition(":")
-    if not _KEY_ID.fullmatch(key_id):
-        raise ConfigurationError("A keyring entry is id:key, its id lower case and at most 32 characters.")
+    """Raise ValueError, which shows no text that could be a key: what has no colon may be one."""
+    key_id, colon, encoded = entry.strip().partition(":")
+    if not colon or not _KEY_ID.fullmatch(key_id):
+        raise ValueError(f"an entry is id:key, and of an id {_ID_FORM}")
     try:
         material = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         material = b""
     if len(material) != KEY_BYTES or len(set(material)) < _MIN_DISTINCT_BYTES:
-        raise ConfigurationError(f"Key {key_id!r} of the keyring is not {KEY_BYTES} random bytes in base64url.")
+        raise ValueError(f"key {key_id!r} is not {KEY_BYTES} random bytes in base64url")
     return key_id, material

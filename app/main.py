@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import FastAPI, Request
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import api_docs, operations, parts, problems, replays
+from app import VERSION, api_docs, operations, parameters, parts, problems, replays
 from app.audit import endpoints as audit_endpoints
 from app.audit.events import Event, EventType
 from app.audit.outbox import Outbox
@@ -58,12 +58,12 @@ def create_app(
     """The service on this database and this sandbox. Raise ConfigurationError for what it cannot start with."""
     app = FastAPI(
         title="Bulkhead",
-        version="0.1.0",
+        version=VERSION,
         openapi_url=None,  # app/operations.py has a route for it, with a limit
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the Host header says
-        responses=problems.responses(400, 408, 414, 429, 431, 500, 503),  # what any route may have to say
+        responses=problems.responses(400, 408, 414, 422, 429, 431, 500, 503),  # what any route may have to say
         lifespan=_lifespan,
     )
     labels.show_tenants(settings.metrics_tenants)
@@ -84,6 +84,7 @@ def create_app(
         app.include_router(router)
     if settings.api_docs:
         app.include_router(api_docs.router)
+    app.state.parameters = parameters.declared(app.routes)
     meter = Instrumentator(excluded_handlers=["/metrics", "/healthz", "/readyz"])
     meter.add(metrics.count_http).add(metrics.count_query).instrument(app)
     for name, part in parts.build(settings, urls, sandbox, rehearsal).items():

@@ -25,12 +25,14 @@ probes = APIRouter(tags=["operations"])
 _BY_ADDRESS: Final[Any] = Depends(counted_by_address)
 
 
+@probes.head("/healthz", include_in_schema=False)
 @probes.get("/healthz", summary="The process lives")
 async def read_health() -> dict[str, str]:
     """Says nothing of what it needs."""
     return {"status": "ok"}
 
 
+@probes.head("/readyz", include_in_schema=False, dependencies=[_BY_ADDRESS])
 @probes.get(
     "/readyz",
     summary="The service can answer queries",

@@ -274,7 +274,8 @@ def _build_sealing(settings: Settings, urls: DatabaseUrls, keyring: Keyring, dat
     sealing = Database(create_engine(urls.sealer, pool_size=4))
     own = settings.audit_keys
     retired = read_keys(settings.audit_retired_keys_file) if settings.audit_retired_keys_file else None
-    signers = Signers(Keyring.parse(own.get_secret_value()) if own else keyring, retired=retired)
+    keys = Keyring.parse(own.get_secret_value(), source="BULKHEAD_AUDIT_KEYS") if own else keyring
+    signers = Signers(keys, retired=retired)
     heads = HeadFile(sealing, settings.audit_heads_file, keys=signers.public, every_s=settings.audit_heads_s)
     sealer = Sealer(sealing, signers, every_s=settings.audit_seal_s)
     days = settings.audit_retention_days
@@ -304,7 +305,7 @@ def _build_tracer(settings: Settings) -> Tracer:
 def _keyring(settings: Settings) -> Keyring:
     if settings.root_keys is None:
         raise ConfigurationError("Set BULKHEAD_ROOT_KEYS: without root keys nothing can be sealed or verified.")
-    return Keyring.parse(settings.root_keys.get_secret_value())
+    return Keyring.parse(settings.root_keys.get_secret_value(), source="BULKHEAD_ROOT_KEYS")
 
 
 def _unspeakable(settings: Settings, models: ModelCatalogue) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import asyncpg
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from app.db import connections, in_trace
+from app.writes import session_of
 
 
 class PlatformDatabase:
@@ -24,10 +28,30 @@ class PlatformDatabase:
         """Commit at the end of the block, roll back where it raises."""
         with in_trace("platform"):
             async with (
-                AsyncSession(self._engine, expire_on_commit=False, autoflush=False) as session,
+                session_of(self._engine) as session,
                 session.begin(),
             ):
                 yield session
+
+    async def find_row(self, statement: str, *values: object) -> dict[str, Any] | None:
+        """The first row of a statement that only reads, its values in the place of $1, $2; raise as a transaction does.
+
+        One round trip where a transaction takes three, and a quarter of its time here: every request begins with one.
+        """
+        with in_trace("platform"):
+            async with self._engine.connect() as connection:
+                driver = await _driver(connection)
+                try:
+                    row = await driver.fetchrow(statement, *values)
+                except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                    raise OperationalError(None, None, error) from error
+                except BaseException:  # the answer may be under way still, and nobody else's question gets it
+                    driver.terminate()
+                    raise
+                finally:
+                    if driver.is_closed():  # a transaction would not notice it in the pool
+                        await connection.invalidate()
+        return None if row is None else dict(row)
 
     @property
     def connections(self) -> tuple[int, int]:
@@ -39,10 +63,20 @@ class PlatformDatabase:
         await self._engine.dispose()
 
 
+async def _driver(connection: AsyncConnection) -> asyncpg.Connection:
+    """The driver's own connection, which is open: of one that was closed in the pool, a new one."""
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    if driver.is_closed():
+        await connection.invalidate()
+        driver = (await connection.get_raw_connection()).driver_connection
+    own: asyncpg.Connection = driver
+    return own
+
+
 def _bound(connection: DBAPIConnection, _record: object) -> None:
     """As a tenant's transaction is: a process that stalls in the middle loses its locks, here those of many tenants.
 
-    Once a connection, since each request begins with such a transaction; a pooler between may let go of it.
+    Once a connection, for it would be one more round trip of each; a pooler between may let go of it.
     """
     cursor = connection.cursor()
     cursor.execute("set idle_in_transaction_session_timeout = '30s'")

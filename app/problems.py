@@ -80,16 +80,11 @@ def install(app: FastAPI, *, failed: Callable[[Request, AppError, Exception], No
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        if not request.state.rate_headers:  # of a body that is no JSON FastAPI tells before anybody has counted
-            try:
-                request.state.rate_headers = await request.app.state.gate.count(request.state.address)
-            except RateLimitExceeded as refused:
-                return rate_limited(request, refused)
-        return render(request, Invalid(faults=_faults(error.errors())))
+        return await _counted(request, Invalid(faults=_faults(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return render(request, _from_http(request, error))
+        return await _counted(request, _from_http(request, error))
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(_request: Request, _error: ClientDisconnect) -> Response:
@@ -100,6 +95,16 @@ def install(app: FastAPI, *, failed: Callable[[Request, AppError, Exception], No
         return rate_limited(request, error)
 
     _install_failures(app, failed)
+
+
+async def _counted(request: Request, problem: AppError) -> JSONResponse:
+    """A refusal of the framework's, which may come before anybody has counted: then it is one of its address's."""
+    if not request.state.rate_headers:
+        try:
+            request.state.rate_headers = await request.app.state.gate.count(request.state.address)
+        except RateLimitExceeded as refused:
+            return rate_limited(request, refused)
+    return render(request, problem)
 
 
 def _install_failures(app: FastAPI, failed: Callable[[Request, AppError, Exception], None]) -> None:
@@ -138,9 +143,17 @@ class _RateLimited(AppError):
 
 
 class _Http(AppError):
-    def __init__(self, status: int, code: str, headers: Mapping[str, str] | None) -> None:
+    def __init__(self, status: int, headers: Mapping[str, str] | None) -> None:
         super().__init__(HTTPStatus(status).description or HTTPStatus(status).phrase, headers=headers)
-        self.status, self.code = status, code
+        self.status, self.code = status, "invalid_request"
+
+
+class _MethodNotAllowed(AppError):
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"This path takes {allowed}.", headers={"Allow": allowed})
 
 
 def rate_limited(request: Request, error: RateLimitExceeded) -> JSONResponse:
@@ -160,8 +173,8 @@ def _from_http(request: Request, error: HTTPException) -> AppError:
         case 422:
             return Invalid(error.detail)
         case 405:
-            return _Http(405, "method_not_allowed", {"Allow": _allowed(request)})
-    return _Http(error.status_code, "invalid_request", error.headers)
+            return _MethodNotAllowed(_allowed(request))
+    return _Http(error.status_code, error.headers)
 
 
 def _allowed(request: Request) -> str:
@@ -186,7 +199,16 @@ def _fault(item: Mapping[str, Any]) -> Fault:
         return Fault("/body", f"is not JSON: the fault is at character {item['loc'][-1]}")
     if item["type"] == "model_attributes_type" and tuple(item["loc"]) == ("body",):
         return Fault("/body", "must be a JSON object, sent with Content-Type: application/json")
-    return Fault("/" + "/".join(str(part)[:_NAME] for part in item["loc"]), str(item["msg"]))
+    return Fault("/" + "/".join(str(part)[:_NAME] for part in item["loc"]), _message(item))
+
+
+def _message(item: Mapping[str, Any]) -> str:
+    match item["type"]:
+        case "extra_forbidden":
+            return "is not a known member"
+        case "value_error":
+            return str(item["ctx"]["error"])
+    return str(item["msg"])
 
 
 def render(request: Request, error: AppError) -> JSONResponse:

@@ -7,10 +7,17 @@ from datetime import date, datetime
 from typing import Annotated, Final
 
 from fastapi import Path
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    WithJsonSchema,
+    field_validator,
+)
 
-# So many requests in a moving window.
-RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
+_RATE: Final = re.compile(r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")
 _NUMBER: Final = re.compile(r"\s*[-+]?[0-9.]+(e[0-9]+)?\s*", re.IGNORECASE)
 VersionNumber = Annotated[int, Path(ge=1, le=2_147_483_647)]
 
@@ -28,6 +35,14 @@ def _written(value: object) -> object:
     return value
 
 
+def _rate(rate: str) -> str:
+    if not _RATE.fullmatch(rate):
+        raise ValueError('must be a rate such as "100/minute"')
+    return rate
+
+
+# So many requests in a moving window.
+Rate = Annotated[str, AfterValidator(_rate), WithJsonSchema({"type": "string", "pattern": _RATE.pattern})]
 Written = BeforeValidator(_written)
 Moment = Annotated[AwareDatetime, AfterValidator(_in_reach), Written]
 Day = Annotated[date, Written]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import Field, FilePath, SecretStr, model_validator
+from dotenv.parser import parse_stream
+from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-__all__ = ["Settings", "SettingsError", "unknown_names"]  # the command explains the errors of the library
+__all__ = ["Settings", "SettingsError", "lost_line", "unknown_names"]  # the command explains the errors of the library
 
 # What the demo writes for clients, who may have read it into the shell that starts the service.
 _OF_CLIENTS: Final = frozenset(
@@ -22,6 +23,8 @@ _OF_CLIENTS: Final = frozenset(
 # Secrets of tenants that an operator keeps in the environment are named so.
 _OF_TENANTS: Final = "BULKHEAD_SECRET_"
 _HOST_NAME: Final = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])$"
+_HTTP_URL: Final = r"^https?://[A-Za-z0-9\[][^\s?#]*$"
+_DATABASE_URL: Final = "postgresql+asyncpg://"
 _RATE: Final = r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
 
 
@@ -101,7 +104,7 @@ class Settings(BaseSettings):
     audit_retention_days: Annotated[int, Field(ge=0)] = 400
 
     # The catalogue's entry `default`: any OpenAI-compatible endpoint.
-    model_base_url: str = "https://api.openai.com/v1"
+    model_base_url: Annotated[str, Field(pattern=_HTTP_URL)] = "https://api.openai.com/v1"
     model_api_key: SecretStr | None = None
     model_names: Annotated[tuple[str, ...], NoDecode] = ("gpt-4.1-mini",)
     # What its models cost, by name: [{"from": day, "input": USD, "output": USD}] of a million tokens, as texts.
@@ -236,6 +239,13 @@ class Settings(BaseSettings):
                 values = values | {field: tuple(part.strip() for part in names.split(",") if part.strip())}
         return values
 
+    @field_validator("database_owner_url", "database_app_url", "database_platform_url", "database_sealer_url")
+    @classmethod
+    def _names_the_driver(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(_DATABASE_URL):
+            raise ValueError(f"must begin with {_DATABASE_URL}")
+        return url
+
     @property
     def sandbox_uid_range(self) -> tuple[int, int]:
         first, _, last = self.sandbox_uids.partition("-")
@@ -245,13 +255,16 @@ class Settings(BaseSettings):
     def _uids_in_order(self) -> Self:
         first, last = self.sandbox_uid_range
         if not first <= last < 2**31:
-            raise ValueError("SANDBOX_UIDS must be a first and a last host user below 2147483648")
+            raise ValueError("BULKHEAD_SANDBOX_UIDS must be a first and a last host user below 2147483648")
         return self
 
     @model_validator(mode="after")
     def _tenants_share_a_worker(self) -> Self:
         if self.background_per_tenant >= self.worker_runs:
-            raise ValueError("BACKGROUND_PER_TENANT must be less than WORKER_RUNS, else one tenant can fill a worker")
+            raise ValueError(
+                "BULKHEAD_BACKGROUND_PER_TENANT must be less than BULKHEAD_WORKER_RUNS,"
+                " else one tenant can fill a worker"
+            )
         return self
 
     @model_validator(mode="after")
@@ -264,7 +277,8 @@ class Settings(BaseSettings):
     def _all_urls_or_none(self) -> Self:
         serving = (self.database_app_url, self.database_platform_url, self.database_sealer_url)
         if any((self.database_owner_url, *serving)) and not all(serving):
-            raise ValueError("DATABASE_APP_URL, DATABASE_PLATFORM_URL and DATABASE_SEALER_URL go together")
+            *others, last = (f"BULKHEAD_DATABASE_{role}_URL" for role in ("APP", "PLATFORM", "SEALER"))
+            raise ValueError(f"{', '.join(others)} and {last} go together")
         return self
 
 
@@ -273,3 +287,15 @@ def unknown_names(env_file: Iterable[str]) -> set[str]:
     named = {name for name in (*env_file, *os.environ) if name.startswith("BULKHEAD_")}
     known = {f"BULKHEAD_{name}".upper() for name in Settings.model_fields}
     return {name for name in named - known - _OF_CLIENTS if not name.startswith(_OF_TENANTS)}
+
+
+def lost_line(env_file: Path) -> int | None:
+    """The number of the first line that is no NAME=value: it would be passed over, and with it what it should set."""
+    if not env_file.is_file():
+        return None
+    with env_file.open(encoding="utf-8") as file:
+        for statement in parse_stream(file):
+            if statement.error or (statement.key is not None and statement.value is None):
+                text = statement.original.string
+                return statement.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+    return None

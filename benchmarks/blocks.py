@@ -49,6 +49,10 @@ class Block:
         return self._quantile_ms(0.95)
 
     @property
+    def p99_ms(self) -> float:
+        return self._quantile_ms(0.99)
+
+    @property
     def per_second(self) -> float:
         """Queries a second."""
         return len(self.walls_s) / self.elapsed_s

@@ -1,7 +1,9 @@
-"""CPU time of a tree of processes, by what they are: the process itself, Postgres below it, tool servers below it."""
+"""CPU time and memory of a tree of processes, by what they are: the process itself, Postgres, relay, tool servers."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,32 +17,60 @@ class Cpu:
     process: float
     tools: float
     postgres: float
+    relay: float = 0
 
     @property
     def total(self) -> float:
         """All of our processes."""
-        return self.process + self.tools + self.postgres
+        return self.process + self.tools + self.postgres + self.relay
 
     def __add__(self, other: Cpu) -> Cpu:
-        return Cpu(self.process + other.process, self.tools + other.tools, self.postgres + other.postgres)
+        return Cpu(
+            self.process + other.process,
+            self.tools + other.tools,
+            self.postgres + other.postgres,
+            self.relay + other.relay,
+        )
 
     def __sub__(self, earlier: Cpu) -> Cpu:
-        return Cpu(self.process - earlier.process, self.tools - earlier.tools, self.postgres - earlier.postgres)
+        return self + earlier * -1
 
     def __mul__(self, factor: float) -> Cpu:
-        return Cpu(self.process * factor, self.tools * factor, self.postgres * factor)
+        return Cpu(self.process * factor, self.tools * factor, self.postgres * factor, self.relay * factor)
 
 
-def spent(root: psutil.Process) -> Cpu:
-    """What the tree has used so far. A child that has ended is counted with whoever waited for it."""
+def spent(root: psutil.Process, *beside: psutil.Process) -> Cpu:
+    """What the tree, and those beside it, have used so far. A child that has ended is in who waited for it."""
     own = root.cpu_times()
-    parts = {"tools": own.children_user + own.children_system, "postgres": 0.0}
-    for child in root.children(recursive=True):
+    parts = {"tools": own.children_user + own.children_system, "postgres": 0.0, "relay": 0.0}
+    for part, process in _others(root, *beside):
         with suppress(psutil.NoSuchProcess):
-            part = "postgres" if child.name() == "postgres" else "tools"
-            used = child.cpu_times()
+            used = process.cpu_times()
             parts[part] += used.user + used.system + used.children_user + used.children_system
-    return Cpu(own.user + own.system, **parts)
+    return Cpu(own.user + own.system, parts["tools"], parts["postgres"], parts["relay"])
+
+
+def memory(root: psutil.Process, *beside: psutil.Process) -> dict[str, dict[str, int]]:
+    """Bytes by part: `rss`; `pss`, in which what several processes share is counted once; `uss` without that."""
+    found: dict[str, Counter[str]] = {}
+    for part, process in (("process", root), *_others(root, *beside)):
+        with suppress(psutil.NoSuchProcess):
+            sizes = process.memory_full_info()
+            found.setdefault(part, Counter()).update(rss=sizes.rss, pss=sizes.pss, uss=sizes.uss, processes=1)
+    return {part: dict(sizes) for part, sizes in found.items()}
+
+
+def _others(root: psutil.Process, *beside: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
+    below = root.children(recursive=True)
+    for process in (*below, *beside, *(child for other in beside for child in other.children(recursive=True))):
+        with suppress(psutil.NoSuchProcess):
+            yield _part(process), process
+
+
+def _part(process: psutil.Process) -> str:
+    if process.name() == "postgres":
+        return "postgres"
+    return "relay" if "app.egress" in process.cmdline() else "tools"
 
 
 def busy_s() -> float:

@@ -9,7 +9,8 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -49,20 +50,56 @@ _SHOWN: Final = 20
 _PATIENCE_S: Final = 30
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where a query's CPU of the API process, `cpu_ms`, is spent with so many at once."""
+
+    concurrency: int
+    cpu_ms: float
+    samples: Samples
+
+    def layers_ms(self) -> dict[str, float]:
+        """Each without the layers below it; the dearest first. Together they are all of it."""
+        return self._spread(lambda stack: [_layer(stack)])
+
+    def steps_ms(self) -> dict[str, float]:
+        """Each with all that it calls."""
+        return self._spread(_steps)
+
+    def packages_ms(self) -> dict[str, float]:
+        """Each without what it calls."""
+        return self._spread(lambda stack: [_package(stack[0])])
+
+    def functions_ms(self) -> dict[str, float]:
+        """Ours, each with all that it calls."""
+        return self._spread(lambda stack: {place for place in stack if _is_ours(place)})
+
+    def _spread(self, names: Callable[[Stack], Iterable[str]]) -> dict[str, float]:
+        total = sum(count for _, count in self.samples)
+        return {name: self.cpu_ms * count / total for name, count in _count(self.samples, names).most_common()}
+
+
 async def run(work: Path, model_url: str, *, queries: int, concurrency: int) -> None:
-    """Measure without samples, then with, and print what a query costs and where."""
-    documents, path = Documents(), work / "samples"
+    """Print what a query costs and where, one at a time and so many at once."""
+    for profile in await taken(work, model_url, queries=queries, concurrencies=(1, concurrency)):
+        print(f"\nConcurrency {profile.concurrency}: {profile.cpu_ms:.1f} ms of the API process a query")
+        _show(profile)
+
+
+async def taken(work: Path, model_url: str, *, queries: int, concurrencies: Sequence[int]) -> list[Profile]:
+    """Measured without samples, then with."""
+    documents, path, profiles = Documents(), work / "samples", []
     launch = ("-m", "benchmarks.processes.profiled_service", str(path))
     with bulkhead(work=work, model_url=model_url, launch=launch) as service:
         await service.prepare(documents)
-        for asked_at_once in (1, concurrency):
+        for asked_at_once in concurrencies:
             await measure(service, documents, queries=queries, concurrency=asked_at_once)
             plain = await measure(service, documents, queries=queries, concurrency=asked_at_once)
             service.process.send_signal(signal.SIGUSR1)
             await measure(service, documents, queries=queries, concurrency=asked_at_once)
             samples = await asyncio.to_thread(_take_samples, service, path)
-            print(f"\nConcurrency {asked_at_once}: {plain.cpu_ms.process:.1f} ms of the API process a query")
-            _show(samples, cpu_ms=plain.cpu_ms.process)
+            profiles.append(Profile(asked_at_once, plain.cpu_ms.process, samples))
+    return profiles
 
 
 def _take_samples(service: Bulkhead, path: Path) -> Samples:
@@ -76,21 +113,22 @@ def _take_samples(service: Bulkhead, path: Path) -> Samples:
     return samples
 
 
-def _show(samples: Samples, *, cpu_ms: float) -> None:
-    total = sum(count for _, count in samples)
-    print(f"{total} samples")
+def _show(profile: Profile) -> None:
+    print(f"{sum(count for _, count in profile.samples)} samples")
     tables = {
-        "layer": lambda stack: [_layer(stack)],
-        "step, with all below it": _steps,
-        "package, itself": lambda stack: [_package(stack[0])],
-        "our functions, with all below them": lambda stack: {
-            place for place in stack if place.startswith(f"{ROOT}/app/") and not place.startswith(_OUTERMOST)
-        },
+        "layer": profile.layers_ms(),
+        "step, with all below it": profile.steps_ms(),
+        "package, itself": profile.packages_ms(),
+        "our functions, with all below them": profile.functions_ms(),
     }
-    for title, names in tables.items():
+    for title, spread in tables.items():
         print(f"\n{title:56}    ms   share")
-        for name, count in _count(samples, names).most_common(_SHOWN):
-            print(f"{name.removeprefix(f'{ROOT}/'):56}{cpu_ms * count / total:6.2f}{100 * count / total:7.1f}%")
+        for name, ms in islice(spread.items(), _SHOWN):
+            print(f"{name.removeprefix(f'{ROOT}/'):56}{ms:6.2f}{100 * ms / profile.cpu_ms:7.1f}%")
+
+
+def _is_ours(place: str) -> bool:
+    return place.startswith(f"{ROOT}/app/") and not place.startswith(_OUTERMOST)
 
 
 def _count(samples: Samples, names: Callable[[Stack], Iterable[str]]) -> Counter[str]:

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import httpx
 import psutil
 
 from app.embedded.demo import ENV_FILE, read_env
+from benchmarks.population import Population
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 BARE: Final = ("fresh", "live", "reused")
@@ -98,7 +99,7 @@ class Bare:
 
     async def ask(self, names: Sequence[str], *, concurrency: int) -> list[Answered]:
         """See Subject."""
-        order = {"queries": [_query(name) for name in names], "concurrency": concurrency}
+        order = {"queries": [query_for(name) for name in names], "concurrency": concurrency}
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         print(json.dumps(order), file=self._child.stdin, flush=True)
@@ -109,7 +110,7 @@ class Bare:
 
     def journal(self) -> Counter[str]:
         """See Subject."""
-        return _read_journal(self._journal)
+        return read_journal(self._journal)
 
 
 class Bulkhead:
@@ -119,6 +120,7 @@ class Bulkhead:
 
     def __init__(self, child: subprocess.Popen[str], data: Path) -> None:
         self.process = psutil.Process(child.pid)
+        self._data = data
         self._env = read_env(data / ENV_FILE)
         self._journal = data / "servers" / self._env["BULKHEAD_DEMO_TENANT"] / "docs.stderr"
 
@@ -139,14 +141,23 @@ class Bulkhead:
             async def ask(name: str) -> Answered:
                 async with places:
                     started = time.perf_counter()
-                    response = await client.post("/query", json={"query": _query(name)})
+                    response = await client.post("/query", json={"query": query_for(name)})
                     return Answered(time.perf_counter() - started, _answer_of(response))
 
             return await asyncio.gather(*map(ask, names))
 
     def journal(self) -> Counter[str]:
         """See Subject."""
-        return _read_journal(self._journal.with_suffix(".stderr.1"), self._journal)
+        return read_journal(*self.journals)
+
+    @property
+    def journals(self) -> tuple[Path, ...]:
+        """Where the tool server's stderr goes."""
+        return self._journal.with_suffix(".stderr.1"), self._journal
+
+    def population(self) -> Population:
+        """Its database, to be filled with tenants; once it is prepared."""
+        return Population(self._data, self._env["BULKHEAD_DEMO_TENANT"])
 
     @property
     def url(self) -> str:
@@ -159,19 +170,25 @@ class Bulkhead:
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=_PATIENCE_S, trust_env=False)
 
 
-def _query(name: str) -> str:
+def query_for(name: str) -> str:
+    """What each subject is asked about a file."""
     return f"What does {name} say?"
 
 
 def _answer_of(response: httpx.Response) -> str:
     assert response.status_code == httpx.codes.OK, response.text
-    run = response.json()
+    return answer_of(response.json())
+
+
+def answer_of(run: dict[str, Any]) -> str:
+    """The answer of a run of ours, which has called one tool and was allowed to."""
     assert run["status"] == "succeeded", run
     assert [call["decision"] for call in run["tool_calls"]] == ["allowed"], run
     return str(run["answer"])
 
 
-def _read_journal(*paths: Path) -> Counter[str]:
+def read_journal(*paths: Path) -> Counter[str]:
+    """How often the tool servers that write there say that they have read each file."""
     lines = (line for path in paths if path.exists() for line in path.read_text().splitlines())
     calls = (json.loads(line) for line in lines if line.startswith('{"seq"'))
     return Counter(call["paths"][0] for call in calls if (call["tool"], call["outcome"]) == ("read_file", "ok"))
@@ -183,16 +200,24 @@ def _checked(response: httpx.Response) -> httpx.Response:
 
 
 @contextmanager
-def _child(argv: Sequence[str], *, work: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a clean environment, its stderr in `log`; it ends with the block."""
+def running(
+    argv: Sequence[str],
+    *,
+    work: Path,
+    log: Path,
+    program: str = sys.executable,
+    is_read: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a clean environment, its stderr in `log`, and stdout unless it is read; it ends with the block."""
     own = {"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)}
     with log.open("x") as stderr:
         child = subprocess.Popen(
-            [sys.executable, *argv],
+            [program, *argv],
             cwd=work,
-            env=own | environment,
+            env={**own, **(environment or {})},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.PIPE if is_read else stderr,
             stderr=stderr,
             text=True,
         )
@@ -212,28 +237,33 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def stub_model(work: Path) -> Iterator[str]:
+def stub_model(work: Path, *, latency_ms: int = 0) -> Iterator[str]:
     """The model of everybody; its base URL."""
-    with _child(["-m", "benchmarks.processes.stub_model"], work=work, log=work / "model.log") as child:
+    argv = ["-m", "benchmarks.processes.stub_model", "--latency-ms", str(latency_ms)]
+    with running(argv, work=work, log=work / "model.log") as child:
         assert child.stdout is not None
         yield f"http://127.0.0.1:{int(child.stdout.readline())}/v1"
 
 
-@contextmanager
-def bare(variant: str, *, work: Path, model_url: str, documents: Documents) -> Iterator[Bare]:
-    """The very script that our sandbox runs, with the same flags, but bare."""
-    program, folder = work / variant / "program", work / variant / "documents"
+def tool_server(work: Path, documents: Documents) -> list[str]:
+    """Arguments of Python by which it is our tool server, with the flags of our sandbox, in a new folder `work`."""
+    program, folder = work / "program", work / "documents"
     for directory in (program, folder):
         directory.mkdir(parents=True)
     for source in _SERVER:
         shutil.copy(ROOT / source, program)
     for name, text in documents.texts.items():
         (folder / name).write_text(text)
-    args = ["-I", str(program / "server.py"), "--root", str(folder), *_SERVER_FLAGS]
-    config = {"mcpServers": {"docs": {"command": sys.executable, "args": args}}}
+    return ["-I", str(program / "server.py"), "--root", str(folder), *_SERVER_FLAGS]
+
+
+@contextmanager
+def bare(variant: str, *, work: Path, model_url: str, documents: Documents) -> Iterator[Bare]:
+    """The very script that our sandbox runs, with the same flags, but bare."""
+    config = {"mcpServers": {"docs": {"command": sys.executable, "args": tool_server(work / variant, documents)}}}
     argv = ["-m", "benchmarks.processes.mcp_use_bare", variant, model_url, json.dumps(config)]
     journal = work / f"{variant}.log"
-    with _child(argv, work=work, log=journal) as child:
+    with running(argv, work=work, log=journal) as child:
         yield Bare(variant, child, journal)
 
 
@@ -245,13 +275,13 @@ def bulkhead(
     data, log = work / "bulkhead", work / "bulkhead.log"
     environment = {
         "BULKHEAD_DATA_DIR": str(data),
-        "BULKHEAD_PORT": str(_free_port()),
+        "BULKHEAD_PORT": str(free_port()),
         "BULKHEAD_MODEL_BASE_URL": model_url,
         "BULKHEAD_MODEL_API_KEY": "benchmark-needs-no-key",
         "BULKHEAD_MODEL_NAMES": "stub",
         "BULKHEAD_LOG_FILE": str(work / "bulkhead.json"),  # nobody reads stdout here
     }
-    with _child(launch, work=work, log=log, **(environment | settings)) as child:
+    with running(launch, work=work, log=log, environment=environment | settings) as child:
         _await(child, data / ENV_FILE, log)
         yield Bulkhead(child, data)
 
@@ -265,7 +295,8 @@ def _await(child: subprocess.Popen[str], path: Path, log: Path) -> None:
         time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -38,7 +38,9 @@ def operations(app: FastAPI) -> set[Operation]:
 # No credential is asked for. /metrics has a token of its own.
 PUBLIC: Final = {
     Operation("GET", "/healthz"),
+    Operation("HEAD", "/healthz"),
     Operation("GET", "/readyz"),
+    Operation("HEAD", "/readyz"),
     Operation("GET", "/.well-known/jwks.json"),
     Operation("GET", "/.well-known/bulkhead-audit-keys.json"),
     Operation("GET", "/openapi.json"),

@@ -183,6 +183,13 @@ async def test_a_page_has_between_1_and_200_lines(tenant: Tenant, limit: str) ->
     assert_problem(await tenant.admin.get("/v1/runs", params={"limit": limit}), 422, "invalid_request")
 
 
+async def test_a_parameter_is_given_once_where_the_route_takes_one(tenant: Tenant) -> None:
+    twice = await tenant.admin.get("/v1/runs", params={"limit": [1, 2]})
+    assert_problem(twice, 422, "invalid_request")
+    assert twice.json()["errors"] == [{"path": "/query/limit", "message": "is given more than once"}]
+    assert (await tenant.admin.get("/v1/runs", params={"state": ["queued", "running"], "limit": 1})).is_success
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/v1", "/v1/me/", "/v1/runs/", "/docs/", "/v1//me", "/admin", "/v1/policies/1/x"]
 )
@@ -200,6 +207,15 @@ async def test_a_method_that_a_route_does_not_have_is_refused(tenant: Tenant, me
     assert response.headers["allow"] == "POST"
     if method != "HEAD":
         assert_problem(response, 405, "method_not_allowed")
+        assert response.json()["detail"] == "This path takes POST."
+
+
+async def test_an_uptime_probe_may_ask_with_head(service: Service) -> None:
+    async with new_client(service.url, "nobody") as stranger:
+        for path in ("/healthz", "/readyz"):
+            answer = await stranger.head(path)
+            assert (answer.status_code, answer.content) == (200, b"")
+            assert answer.headers["content-length"] == (await stranger.get(path)).headers["content-length"]
 
 
 async def test_no_other_origin_is_let_in(tenant: Tenant) -> None:

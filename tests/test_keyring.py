@@ -48,9 +48,17 @@ def test_parsing_takes_base64url_with_and_without_padding() -> None:
 )
 def test_a_malformed_keyring_stops_the_start_and_shows_no_key(text: str) -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        Keyring.parse(text)
+        Keyring.parse(text, source="BULKHEAD_ROOT_KEYS")
+    assert refusal.value.detail.startswith("BULKHEAD_ROOT_KEYS")
     material = text.partition(":")[2]
     assert not material or material not in refusal.value.detail
+
+
+def test_a_key_without_an_id_is_not_shown_as_one() -> None:
+    key = secrets.token_hex(16)
+    with pytest.raises(ConfigurationError) as refusal:
+        Keyring.parse(key)
+    assert key not in refusal.value.detail
 
 
 def test_a_keyring_without_its_active_key_is_refused() -> None:

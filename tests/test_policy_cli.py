@@ -117,10 +117,13 @@ async def test_a_dry_run_and_an_explanation(run: Run, tenant: Tenant, tmp_path: 
         (("diff", "999"), {}, 1, "not_found"),
         (("publish", "999"), {}, 1, "not_found"),
         (("rollback", "--to", "999"), {}, 1, "has held before"),
-        (("dry-run", "published", "--query", "a"), {}, 1, "name a role or a user"),
+        (("dry-run", "published", "--query", "a"), {}, 2, "Give --role or --user"),
         (("diff", "absent.yaml"), {}, 2, "cannot be read"),
         (("diff", "1"), {"BULKHEAD_URL": "http://127.0.0.1:1"}, 2, "cannot be asked"),
-        (("diff", "1"), {"BULKHEAD_URL": "nonsense"}, 2, "cannot be asked"),
+        *(
+            (("diff", "1"), {"BULKHEAD_URL": url}, 2, "BULKHEAD_URL must begin with http:// or https://")
+            for url in ("nonsense", "127.0.0.1:8000")
+        ),
         (("diff", "1"), {"BULKHEAD_API_KEY": None}, 2, "BULKHEAD_ADMIN_KEY"),
         (("diff", "1"), {"BULKHEAD_API_KEY": "bh_wrong"}, 2, "unauthenticated"),
         (("diff", "1"), {"BULKHEAD_API_KEY": "a\nb"}, 2, ""),

@@ -97,6 +97,34 @@ async def test_what_is_public_answers_without_a_credential(service: Service, ope
         assert (await sent(operation, stranger)).status_code == 200
 
 
+@pytest.mark.parametrize("operation", sorted(ROLES), ids=" ".join)
+async def test_a_parameter_that_a_route_does_not_take_is_refused_by_name(
+    service: Service, callers: dict[Role, Client], operation: Operation
+) -> None:
+    """Whoever may not call is told that first, and nothing of parameters."""
+    url = f"{operation.url(ABSENT)}?limti=1"
+    for role in ROLES[operation]:
+        answer = await callers[role].request(operation.method, url)
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["errors"] == [{"path": "/query/limti", "message": "is not a known parameter"}]
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False, verify=NO_TLS) as stranger:
+        assert (await stranger.request(operation.method, url)).status_code == 401
+
+
+def test_all_parameters_that_are_described_are_known(service: Service) -> None:
+    """The control: those that a route takes by itself and those of what it depends on."""
+    known = {each for names in service.app.state.parameters.values() for each in names.items()}
+    described = {
+        (each["name"], "'array'" in str(each["schema"]))
+        for path in service.app.openapi()["paths"].values()
+        for operation in path.values()
+        for each in operation.get("parameters", ())
+        if each["in"] == "query"
+    }
+    assert known == described
+    assert {("state", True), ("type", True), ("limit", False)} <= known
+
+
 @pytest.fixture(scope="module")
 async def callers(service: Service) -> dict[Role, Client]:
     tenant = await service.new_tenant()

@@ -6,7 +6,7 @@ import asyncio
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -73,7 +73,7 @@ class HeadFile:
         try:
             async with self._database.transaction(PLATFORM_TENANT) as session:
                 rows = (await session.execute(_NEWEST)).all()
-            new = [row for row in rows if self._written.get(row.tenant_id) != row.seq and self._is_ours(row)]
+            new = await to_thread.run_sync(self._new, rows)  # a tenth of a second for a thousand tenants
             if new:
                 lines = b"".join(_line(row) for row in new)
                 await to_thread.run_sync(_append, self._path, lines)
@@ -83,6 +83,9 @@ class HeadFile:
             return
         self._written.update({row.tenant_id: row.seq for row in new})
         HEADS_EXPORTED.labels("written").inc(len(new))
+
+    def _new(self, rows: Sequence[Any]) -> list[Any]:
+        return [row for row in rows if self._written.get(row.tenant_id) != row.seq and self._is_ours(row)]
 
     def _is_ours(self, row: Any) -> bool:
         """A head that a superuser has planted would stand in the file for ever."""

@@ -14,9 +14,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from app.audit import repository
 from app.audit.events import Event
-from app.audit.repository import Row
 from app.platform_db import PlatformDatabase
 from app.telemetry.metrics import AUDIT_LOST
+from app.writes import Row
 
 _MOST: Final = 10_000
 _BATCH: Final = 200

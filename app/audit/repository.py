@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -16,9 +16,10 @@ from app.audit.models import AuditEvent
 from app.audit.vocabulary import version_of
 from app.db import new_id
 from app.telemetry.metrics import AUDIT_EVENTS, AUDIT_FAILURES
+from app.writes import Row, insert_into, later, send
 
-Row = Mapping[str, Any]
-_INSERT: Final = insert(AuditEvent.table())
+_COLUMNS: Final = ("tenant_id", "id", "at", "type", "actor_id", "run_id", "body")
+_INSERT: Final = insert_into(AuditEvent.table(), *_COLUMNS, failed=AUDIT_FAILURES.inc)
 _INSERT_MISSING: Final = upsert(AuditEvent.table()).on_conflict_do_nothing()
 for _type in EventType:
     AUDIT_EVENTS.labels(_type.value)  # at zero, so that a rate knows the first of each
@@ -29,14 +30,20 @@ async def append(session: AsyncSession, tenant_id: UUID, *events: Event) -> None
     if events:
         at = datetime.now(UTC)
         with AUDIT_FAILURES.count_exceptions():
-            await insert_rows(session, [row(event, tenant_id, at=at) for event in events])
+            rows = [row(event, tenant_id, at=at) for event in events]
+        _insert(session, rows)
 
 
 async def insert_rows(session: AsyncSession, rows: Sequence[Row]) -> None:
-    """Insert what `row` has made."""
+    """Insert what `row` has made, now: whoever acts outside of the database next has it on record first."""
+    _insert(session, rows)
+    await send(session)
+
+
+def _insert(session: AsyncSession, rows: Sequence[Row]) -> None:
     for made in rows:
         AUDIT_EVENTS.labels(made["type"]).inc()
-    await session.execute(_INSERT, rows)
+    later(session, _INSERT, *rows)
 
 
 async def insert_missing(session: AsyncSession, rows: Sequence[Row]) -> None:

@@ -1,7 +1,8 @@
-"""Chains committed events, a tenant at a time, and signs where each chain then stands.
+"""Chains committed events and signs where each chain then stands.
 
-A batch is one transaction under a lock of the tenant's: links, head and the queue's rows come and go together, so
-that neither a crash nor a second sealer can fork a chain.
+A batch is one transaction under a lock of each of its tenants: links, heads and the queue's rows come and go together,
+so that neither a crash nor a second sealer can fork a chain. Many tenants share one, since where each has done a little
+a transaction for each would cost more than what it records.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import chain
@@ -30,6 +31,9 @@ from app.telemetry.metrics import EVENTS_SEALED, SEAL_FAILURES, SEAL_LAG
 _log = structlog.get_logger()
 _BATCH: Final = 2_000
 _AT_ONCE: Final = 4
+# Tenants of one transaction, and events of each of them where they are several.
+_TOGETHER: Final = 50
+_BATCH_OF_EACH: Final = 200
 # Whose queue is not empty: one probe of the index for each, however long the queues are.
 _WAITING: Final = text("""
 with recursive waiting as (
@@ -42,34 +46,50 @@ with recursive waiting as (
 )
 select tenant_id, extract(epoch from clock_timestamp() - at)::float8 as age_s from waiting order by at
 """)
-_LOCK: Final = text("select pg_try_advisory_xact_lock(hashtextextended('bulkhead_audit_seal:' || :tenant_id, 0))")
-_END: Final = text("""
-select seq, hash, signed_at, key_id, signature from audit_heads where tenant_id = :tenant_id order by seq desc limit 1
-""")
+_TENANTS: Final = bindparam("tenants", type_=pg.ARRAY(pg.UUID()))
+_LOCK: Final = text("""
+select tenant_id from unnest(:tenants) t (tenant_id)
+where pg_try_advisory_xact_lock(hashtextextended('bulkhead_audit_seal:' || tenant_id, 0))
+""").bindparams(_TENANTS)
+_ENDS: Final = text("""
+select t.tenant_id, seq, hash, signed_at, key_id, signature from unnest(:tenants) t (tenant_id)
+cross join lateral (
+    select seq, hash, signed_at, key_id, signature from audit_heads
+    where tenant_id = t.tenant_id order by seq desc limit 1
+) h
+""").bindparams(_TENANTS)
 # A probe for each, whatever the planner believes of the sizes of the two.
 _EVENTS: Final = text("""
-select p.event_id as id, p.at, e.body from audit_pending p
+select t.tenant_id, p.event_id as id, p.at, e.body from unnest(:tenants) t (tenant_id)
 cross join lateral (
-    select body from audit_events where tenant_id = p.tenant_id and id = p.event_id and at = p.at limit 1
+    select event_id, at from audit_pending where tenant_id = t.tenant_id order by event_id limit :batch
+) p
+cross join lateral (
+    select body from audit_events where tenant_id = t.tenant_id and id = p.event_id and at = p.at limit 1
 ) e
-where p.tenant_id = :tenant_id order by p.event_id limit :batch
-""")
-_ADD_LINKS: Final = text("""
-insert into audit_chain (tenant_id, seq, event_id, event_at, body_digest, hash)
-select :tenant_id, :after + number, event_id, event_at, body_digest, hash
-from unnest(:ids, :ats, :digests, :hashes) with ordinality as link (event_id, event_at, body_digest, hash, number)
+order by p.event_id
+""").bindparams(_TENANTS)
+# What somebody holds of one tenant's is refused soon: the others of its transaction are then sealed each by itself.
+_SET_TENANT: Final = text(
+    "select set_config('app.tenant_id', :tenant_id, true), set_config('lock_timeout', '2s', true)"
+)
+_ADD: Final = text("""
+with links as (
+    insert into audit_chain (tenant_id, seq, event_id, event_at, body_digest, hash)
+    select :tenant_id, :after + number, event_id, event_at, body_digest, hash
+    from unnest(:ids, :ats, :digests, :hashes) with ordinality as link (event_id, event_at, body_digest, hash, number)
+), head as (
+    insert into audit_heads (tenant_id, seq, hash, signed_at, key_id, signature)
+    values (:tenant_id, :seq, :hash, :signed_at, :key_id, :signature)
+)
+delete from audit_pending where tenant_id = :tenant_id and event_id = any(:ids)
 """).bindparams(
+    bindparam("tenant_id", type_=pg.UUID()),
+    bindparam("after", type_=pg.BIGINT()),
     bindparam("ids", type_=pg.ARRAY(pg.UUID())),
     bindparam("ats", type_=pg.ARRAY(pg.TIMESTAMP(timezone=True))),
     bindparam("digests", type_=pg.ARRAY(pg.BYTEA())),
     bindparam("hashes", type_=pg.ARRAY(pg.BYTEA())),
-)
-_ADD_HEAD: Final = text("""
-insert into audit_heads (tenant_id, seq, hash, signed_at, key_id, signature)
-values (:tenant_id, :seq, :hash, :signed_at, :key_id, :signature)
-""")
-_TAKE: Final = text("delete from audit_pending where tenant_id = :tenant_id and event_id = any(:ids)").bindparams(
-    bindparam("ids", type_=pg.ARRAY(pg.UUID()))
 )
 
 
@@ -122,37 +142,46 @@ class Sealer:
         async with self._database.transaction(PLATFORM_TENANT) as session:
             waiting = (await session.execute(_WAITING)).all()
         SEAL_LAG.set(max((age_s for _, age_s in waiting), default=0))
-        counts = await asyncio.gather(*(self._attempt(tenant_id) for tenant_id, _ in waiting))
-        return any(count == self._batch for count in counts)
+        tenants = [tenant_id for tenant_id, _ in waiting]
+        batches = [tenants[at : at + _TOGETHER] for at in range(0, len(tenants), _TOGETHER)]
+        return any(await asyncio.gather(*map(self._attempt, batches)))
 
-    async def _attempt(self, tenant_id: UUID) -> int:
-        """One tenant's trouble is not the others'."""
+    async def _attempt(self, tenants: Sequence[UUID]) -> bool:
         async with self._places:
             try:
-                return await self._seal_one(tenant_id)
-            except ChainBroken as error:
-                _log.error("audit.chain_broken", tenant_id=str(tenant_id), reason=str(error))
+                return await self._seal(tenants)
+            except DBAPIError as error:
+                if len(tenants) == 1 or error.connection_invalidated:
+                    return _not_sealed(tenants, error)
             except (SQLAlchemyError, OSError, TimeoutError) as error:
-                _log.warning("audit.not_sealed", tenant_id=str(tenant_id), error=type(error).__name__)
-        SEAL_FAILURES.inc()
-        return 0
+                return _not_sealed(tenants, error)
+        # The database refused something: one tenant's trouble is not the others'.
+        return any([await self._attempt([tenant_id]) for tenant_id in tenants])
 
-    async def _seal_one(self, tenant_id: UUID) -> int:
-        async with self._database.transaction(tenant_id) as session:
-            if not await session.scalar(_LOCK, {"tenant_id": str(tenant_id)}):
-                return 0  # another process seals this tenant now
-            end = await self._end(session, tenant_id)
-            events = (await session.execute(_EVENTS, {"tenant_id": tenant_id, "batch": self._batch})).all()
-            if not events:
-                return 0
-            sealed = await self._add(session, tenant_id, end, events)
-        self._left[tenant_id] = sealed
-        EVENTS_SEALED.inc(len(events))
-        return len(events)
+    async def _seal(self, tenants: Sequence[UUID]) -> bool:
+        batch = self._batch if len(tenants) == 1 else min(self._batch, _BATCH_OF_EACH)
+        sealed: dict[UUID, _End] = {}
+        async with self._database.transaction(PLATFORM_TENANT) as session:
+            # Those that another process seals now are left out.
+            locked = (await session.scalars(_LOCK, {"tenants": tenants})).all()
+            ends = {row.tenant_id: row for row in await session.execute(_ENDS, {"tenants": locked})}
+            waiting: dict[UUID, list[Any]] = {}
+            for event in await session.execute(_EVENTS, {"tenants": locked, "batch": batch}):
+                waiting.setdefault(event.tenant_id, []).append(event)
+            for tenant_id, events in waiting.items():
+                try:
+                    end = self._end(tenant_id, ends.get(tenant_id))
+                except ChainBroken as error:
+                    _log.error("audit.chain_broken", tenant_id=str(tenant_id), reason=str(error))
+                    SEAL_FAILURES.inc()
+                else:
+                    sealed[tenant_id] = await self._add(session, tenant_id, end, events)
+        self._left |= sealed
+        EVENTS_SEALED.inc(sum(len(waiting[tenant_id]) for tenant_id in sealed))
+        return any(len(waiting[tenant_id]) == batch for tenant_id in sealed)
 
-    async def _end(self, session: AsyncSession, tenant_id: UUID) -> _End:
+    def _end(self, tenant_id: UUID, row: Any) -> _End:
         """The newest head: only what our key has signed is built on. Raise ChainBroken."""
-        row = (await session.execute(_END, {"tenant_id": tenant_id})).one_or_none()
         end = _End() if row is None else _End(row.seq, row.hash)
         left = self._left.get(tenant_id, _End())
         if end.seq < left.seq or (end.seq == left.seq and end.hash != left.hash):
@@ -165,7 +194,7 @@ class Sealer:
         return end
 
     async def _add(self, session: AsyncSession, tenant_id: UUID, end: _End, events: Sequence[Any]) -> _End:
-        """Links, head, and the queue without them."""
+        """Links, head, and the queue without them: as the one tenant that may be written for now."""
         digests = [chain.digest(event.body) for event in events]
         hashes, previous = [], end.hash
         for seq, digest in enumerate(digests, end.seq + 1):
@@ -173,15 +202,21 @@ class Sealer:
             hashes.append(previous)
         ids = [event.id for event in events]
         links = {"ids": ids, "ats": [event.at for event in events], "digests": digests, "hashes": hashes}
-        await session.execute(_ADD_LINKS, {"tenant_id": tenant_id, "after": end.seq, **links})
         head = Head(tenant_id, end.seq + len(events), previous, datetime.now(UTC), self._signers.key_id)
-        await session.execute(_ADD_HEAD, _signed(head, self._signers))
-        await session.execute(_TAKE, {"tenant_id": tenant_id, "ids": ids})
+        await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
+        await session.execute(_ADD, {"after": end.seq, **links, **_signed(head, self._signers)})
         return _End(head.seq, head.hash)
 
     async def close(self) -> None:
         """Close the connections; nothing may seal any more."""
         await self._database.dispose()
+
+
+def _not_sealed(tenants: Sequence[UUID], error: Exception) -> bool:
+    """Nobody is behind, so that what does not work now is not tried again at once."""
+    _log.warning("audit.not_sealed", tenants=len(tenants), tenant_id=str(tenants[0]), error=type(error).__name__)
+    SEAL_FAILURES.inc()
+    return False
 
 
 def _signed(head: Head, signers: Signers) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from app.audit.exported import Unreadable, read_heads, verify_export
 from app.audit.retention import Retention
 from app.audit.signing import PublicKeys, Signers, read_keys
 from app.audit.verify import Break, Held, Signed
-from app.audit_cli.ground import reached, read_settings
+from app.audit_cli.ground import reached, read_settings, unusable
 from app.db import Database, DatabaseUrls, create_engine
 from app.errors import ConfigurationError
 from app.keyring import Keyring
@@ -85,7 +85,7 @@ def prune(context: typer.Context) -> None:
         with reached(settings) as urls:
             pruned = asyncio.run(_prune(urls, signers, settings.audit_retention_days))
     except (SQLAlchemyError, OSError) as error:
-        raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
+        raise unusable(error) from None
     told = "are gone, and a signed checkpoint holds where each chain goes on" if pruned else "are old enough"
     typer.echo(f"{pruned} events {told}.")
 
@@ -130,7 +130,7 @@ def _verify_database(
         with reached(settings) as urls:
             return asyncio.run(_verify_stored(urls.sealer, keys, heads, tenant))
     except (SQLAlchemyError, OSError) as error:
-        raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
+        raise unusable(error) from None
 
 
 async def _verify_stored(
@@ -164,10 +164,12 @@ def _keys(settings: Settings, path: Path | None) -> PublicKeys:
 
 def _signers(settings: Settings) -> Signers:
     keys = settings.audit_keys or settings.root_keys
+    source = f"BULKHEAD_{'AUDIT' if settings.audit_keys else 'ROOT'}_KEYS"
     if keys is None:
         raise ConfigurationError("Set BULKHEAD_AUDIT_KEYS or BULKHEAD_ROOT_KEYS, or name a file with --keys.")
     retired = settings.audit_retired_keys_file
-    return Signers(Keyring.parse(keys.get_secret_value()), retired=read_keys(retired) if retired else None)
+    keyring = Keyring.parse(keys.get_secret_value(), source=source)
+    return Signers(keyring, retired=read_keys(retired) if retired else None)
 
 
 def _unread(path: Path, error: OSError) -> ConfigurationError:

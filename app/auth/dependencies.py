@@ -11,6 +11,7 @@ import structlog
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app import parameters
 from app.auth import keys
 from app.auth.gate import Admission, Attempt, Gate
 from app.auth.service import Authenticator
@@ -35,7 +36,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key (bh_...) or a tok
 async def authenticated(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    """The caller, whatever its scopes; raise Unauthenticated, or slowapi's RateLimitExceeded."""
+    """The caller, whatever its scopes; raise Unauthenticated, slowapi's RateLimitExceeded, or as `parameters.check`."""
     authenticator: Authenticator = request.app.state.authenticator
     gate: Gate = request.app.state.gate
     if credentials is None:
@@ -49,6 +50,7 @@ async def authenticated(
     structlog.contextvars.bind_contextvars(tenant_id=str(caller.tenant_id), user_id=str(caller.user_id))
     admission: Admission = request.app.state.admission
     request.state.rate_headers = await admission.general(caller, f"{request.method} {request.url.path}")
+    parameters.check(request, request.app.state.parameters)
     return caller
 
 

@@ -25,7 +25,7 @@ from app.auth.service import NewKey
 from app.caller import Caller
 from app.etags import tagged
 from app.problems import responses
-from app.schemas import RATE, Answer, Body, Written
+from app.schemas import Answer, Body, Rate, Written
 from app.scopes import Scope
 from app.tenants.service import AccessibleTenantID
 
@@ -45,7 +45,7 @@ class KeyIn(Body):
     # Within what Postgres and Python both can tell in every zone.
     expires_at: Annotated[AwareDatetime, Field(gt=_FIRST_MOMENT, lt=_LAST_MOMENT), Written] | None = None
     # Queries with this key, such as "60/minute", besides what the policy allows its user.
-    rate: str | None = Field(default=None, pattern=RATE)
+    rate: Rate | None = None
 
 
 class RotateIn(Body):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy import bindparam, delete, func, insert, select, text, update
+from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth.models import ApiKey, Issuer
 from app.caller import Caller
 from app.errors import NotFound, Unauthenticated
 from app.keyring import Mac
+from app.platform_db import PlatformDatabase
 
 # Plain SQL, since a domain's tables are imported by that domain alone.
-_FIND_KEY: Final = text("""
+_FIND_KEY: Final = """
 select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, k.rate, u.role, t.generation,
        k.revoked_at is null and coalesce(k.expires_at > now(), true) as is_valid,
        coalesce(k.last_used_at < now() - interval '1 minute', true) as is_use_unnoted,
@@ -25,8 +27,15 @@ select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, k.rate, u.role, t.gene
 from api_keys k
 join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
 join tenants t on t.id = k.tenant_id
-where k.lookup = :lookup
-""")
+where k.lookup = $1
+"""
+# What another process notes now is left to it.
+_NOTE_USES: Final = text("""
+update api_keys set last_used_at = now() where (tenant_id, id) in (
+    select k.tenant_id, k.id from unnest(:tenants, :keys) as used (tenant_id, id)
+    join api_keys k on k.tenant_id = used.tenant_id and k.id = used.id for update of k skip locked
+)
+""").bindparams(bindparam("tenants", type_=pg.ARRAY(pg.UUID())), bindparam("keys", type_=pg.ARRAY(pg.UUID())))
 # A role that a token has claimed stays as it is for as long as its issuer is trusted; any other is the user's own.
 _IS_ACTIVE: Final = text("""
 select u.disabled_at is null and t.status = 'active'
@@ -39,11 +48,11 @@ select u.disabled_at is null and t.status = 'active'
 from users u join tenants t on t.id = u.tenant_id
 where u.tenant_id = :tenant_id and u.id = :user_id
 """)
-_FIND_SUBJECT: Final = text("""
+_FIND_SUBJECT: Final = """
 select u.id, u.role, t.generation, u.disabled_at is null and t.status = 'active' as is_active
 from users u join tenants t on t.id = u.tenant_id
-where u.tenant_id = :tenant_id and u.issuer = :issuer and u.subject = :subject
-""")
+where u.tenant_id = $1 and u.issuer = $2 and u.subject = $3
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +78,20 @@ class StoredKey:
     rate: str | None
 
 
-async def find_key(session: AsyncSession, lookup: str) -> StoredKey | None:
-    """Platform role: the key, its user and its tenant as of now, in one statement."""
-    row = (await session.execute(_FIND_KEY, {"lookup": lookup})).one_or_none()
+async def find_key(platform: PlatformDatabase, lookup: str) -> StoredKey | None:
+    """The key, its user and its tenant as of now, in one statement."""
+    row = await platform.find_row(_FIND_KEY, lookup)
     if row is None:
         return None
-    holder = Holder(row.tenant_id, row.user_id, row.role, is_active=row.is_active, generation=row.generation)
-    mac = Mac(row.mac_key_id, row.mac)
-    return StoredKey(row.id, mac, holder, is_valid=row.is_valid, is_use_unnoted=row.is_use_unnoted, rate=row.rate)
+    holder = _holder(row["tenant_id"], row["user_id"], row)
+    mac = Mac(row["mac_key_id"], row["mac"])
+    return StoredKey(
+        row["id"], mac, holder, is_valid=row["is_valid"], is_use_unnoted=row["is_use_unnoted"], rate=row["rate"]
+    )
+
+
+def _holder(tenant_id: UUID, user_id: UUID, row: Mapping[str, Any]) -> Holder:
+    return Holder(tenant_id, user_id, row["role"], is_active=row["is_active"], generation=row["generation"])
 
 
 async def recheck(session: AsyncSession, caller: Caller) -> None:
@@ -86,13 +101,11 @@ async def recheck(session: AsyncSession, caller: Caller) -> None:
         raise Unauthenticated
 
 
-async def note_use(session: AsyncSession, key: StoredKey) -> None:
-    """Platform role: keep when a key was last used, to the minute."""
-    await session.execute(
-        update(ApiKey)
-        .where(ApiKey.tenant_id == key.holder.tenant_id, ApiKey.id == key.id)
-        .values(last_used_at=func.now())
-    )
+async def note_uses(session: AsyncSession, used: Mapping[UUID, UUID]) -> None:
+    """Platform role: keys, each with its tenant, were used now. All in one statement, since where keys are many and
+    each is used now and then, every request would write a row.
+    """
+    await session.execute(_NOTE_USES, {"keys": list(used), "tenants": list(used.values())})
 
 
 async def find_issuer(session: AsyncSession, issuer: str, audiences: Sequence[str]) -> Issuer | None:
@@ -102,13 +115,10 @@ async def find_issuer(session: AsyncSession, issuer: str, audiences: Sequence[st
     return found[0] if len(found) == 1 else None
 
 
-async def find_subject(session: AsyncSession, tenant_id: UUID, issuer: str, subject: str) -> Holder | None:
-    """Platform role: the user whom a token's subject is, as of now."""
-    names = {"tenant_id": tenant_id, "issuer": issuer, "subject": subject}
-    row = (await session.execute(_FIND_SUBJECT, names)).one_or_none()
-    if row is None:
-        return None
-    return Holder(tenant_id, row.id, row.role, is_active=row.is_active, generation=row.generation)
+async def find_subject(platform: PlatformDatabase, tenant_id: UUID, issuer: str, subject: str) -> Holder | None:
+    """The user whom a token's subject is, as of now."""
+    row = await platform.find_row(_FIND_SUBJECT, tenant_id, issuer, subject)
+    return None if row is None else _holder(tenant_id, row["id"], row)
 
 
 async def is_tenant_active(session: AsyncSession, tenant_id: UUID) -> bool:

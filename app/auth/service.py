@@ -86,6 +86,7 @@ class Authenticator:
         self._keyring = keyring
         self._remote_keys = remote_keys
         self._inline_keys: dict[UUID, tokens.KeySet] = {}
+        self._used: dict[UUID, UUID] = {}  # keys, each with its tenant, that were used since this was last noted
         self._failures: MinuteCounts[tuple[UUID, str, str]] = MinuteCounts()
         self._uses: MinuteCounts[_Use] = MinuteCounts(minutes=60, most=_MAX_USES)
 
@@ -106,17 +107,16 @@ class Authenticator:
         await self._record(_Refused(reason, *holder), address)
 
     async def _by_key(self, key: keys.PlainKey) -> Caller | _Refused:
-        async with self._platform.transaction() as session:
-            stored = await repository.find_key(session, key.lookup)
-            if stored is None or not keys.matches(self._keyring, key, stored=stored.mac):
-                return _Refused(Refusal.UNKNOWN_KEY)
-            holder = stored.holder
-            if not stored.is_valid:
-                return _Refused(Refusal.KEY_NOT_VALID, holder.tenant_id, holder.user_id)
-            if not holder.is_active:
-                return _Refused(Refusal.NOT_ACTIVE, holder.tenant_id, holder.user_id)
-            if stored.is_use_unnoted:
-                await repository.note_use(session, stored)
+        stored = await repository.find_key(self._platform, key.lookup)
+        if stored is None or not keys.matches(self._keyring, key, stored=stored.mac):
+            return _Refused(Refusal.UNKNOWN_KEY)
+        holder = stored.holder
+        if not stored.is_valid:
+            return _Refused(Refusal.KEY_NOT_VALID, holder.tenant_id, holder.user_id)
+        if not holder.is_active:
+            return _Refused(Refusal.NOT_ACTIVE, holder.tenant_id, holder.user_id)
+        if stored.is_use_unnoted:
+            self._used[stored.id] = holder.tenant_id
         return _caller(holder, key_id=stored.id, key_rate=stored.rate)
 
     async def _by_token(self, token: str) -> Caller | _Refused:
@@ -147,7 +147,8 @@ class Authenticator:
 
     async def _holder(self, issuer: Issuer, claims: tokens.Claims) -> Holder | None:
         """The subject's user, made on first sight with the lowest role; None in a disabled tenant."""
-        holder = await self._find_subject(issuer, claims)
+        named = issuer.tenant_id, claims.issuer, claims.subject
+        holder = await repository.find_subject(self._platform, *named)
         if holder is not None:
             return holder
         async with self._platform.transaction() as session:
@@ -167,11 +168,7 @@ class Authenticator:
                 )
         except IntegrityError:
             pass  # another request of the same subject was first
-        return await self._find_subject(issuer, claims)
-
-    async def _find_subject(self, issuer: Issuer, claims: tokens.Claims) -> Holder | None:
-        async with self._platform.transaction() as session:
-            return await repository.find_subject(session, issuer.tenant_id, claims.issuer, claims.subject)
+        return await repository.find_subject(self._platform, *named)
 
     async def _record(self, refused: _Refused, address: str) -> None:
         """The first of a minute's equal refusals at once; the others are counted (see flush_failures)."""
@@ -190,6 +187,13 @@ class Authenticator:
     async def _append(self, tenant_id: UUID, event: Event) -> None:
         async with self._platform.transaction() as session:
             await audit.append(session, tenant_id, event)
+
+    async def note_uses(self) -> None:
+        """Keep when keys were last used; to be called every few seconds. What is lost here is noted at the next use."""
+        used, self._used = self._used, {}
+        if used:
+            async with self._platform.transaction() as session:
+                await repository.note_uses(session, used)
 
     async def flush_uses(self) -> None:
         """Record the counts of the hours that are over; to be called every few seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -10,7 +11,9 @@ import httpx
 import psutil
 import typer
 from anyio import to_thread
+from sqlalchemy.exc import SQLAlchemyError
 
+from app import migration
 from app.checklist import running
 from app.checklist.findings import Finding
 from app.checklist.ground import Answering, Ground, connected
@@ -48,6 +51,8 @@ async def found(
     if answering is None:
         typer.echo(f"No service answers at {url}: what needs one fails below.", err=True)
     async with connected(urls) as database:
+        with suppress(SQLAlchemyError, OSError):  # a database that does not answer is told by each item
+            await migration.require_schema(database.engines["platform"])
         ground = Ground(
             settings=settings,
             urls=urls,

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import migration
 from app.caller import PLATFORM_TENANT
-from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
+from app.checklist.findings import Item, Verdict, counted, failed, judged, passed, warned
 from app.checklist.ground import ROLES, Ground, is_local
 from app.runs.dispatch import DEAD_AFTER_S
 
@@ -184,11 +184,12 @@ async def _backups(ground: Ground) -> Verdict:
 
 async def _workers(ground: Ground) -> Verdict:
     (found,) = await ground.database.rows("platform", _QUEUED, dead_after_s=DEAD_AFTER_S)
+    waiting, alive = counted(found.waiting, "background run"), counted(found.workers, "worker")
     if found.waiting and not found.workers:
-        return failed(f"{found.waiting} background runs wait, and no worker lives.")
+        return failed(f"Waiting: {waiting}, and no worker lives.")
     if found.wait_s > _PATIENCE_S:
-        return warned(f"A background run waits for {found.wait_s:.0f} s; {found.workers} workers live.")
-    return passed(f"{found.waiting} background runs wait, {found.workers} workers live.")
+        return warned(f"A background run waits for {found.wait_s:.0f} s. Alive: {alive}.")
+    return passed(f"Waiting: {waiting}. Alive: {alive}.")
 
 
 ITEMS: Final = (

@@ -11,7 +11,7 @@ import httpx
 from sqlalchemy import text
 
 from app.auth.jwks import MAX_DOCUMENT_BYTES, InvalidKeySet, parse_jwks
-from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
+from app.checklist.findings import Item, Verdict, counted, failed, judged, passed, warned
 from app.checklist.ground import Ground
 from app.errors import ConfigurationError, Unavailable
 from app.limits.rates import TIMEOUT_S
@@ -42,7 +42,9 @@ async def _providers(ground: Ground) -> Verdict:
             faults.append(f"the provider {row.provider} does not give a secret that is bound ({outcome})")
         except ValueError:
             faults.append(f"a binding to the provider {row.provider} cannot be read")
-    return judged(faults, f"{len(rows)} providers are bound; each gave the secret that was asked for.")
+    if not rows:
+        return passed("No secret is bound to a provider.")
+    return judged(faults, f"{counted(len(rows), 'provider')}, and the secret that was bound last came from each.")
 
 
 async def _models(ground: Ground) -> Verdict:
@@ -79,7 +81,9 @@ async def _key_sets(ground: Ground) -> Verdict:
     async with outbound_client(allow_loopback=ground.settings.jwks_loopback) as client:
         held = await asyncio.gather(*(_is_key_set(client, url) for url in urls))
     faults = [f"the key set at {_host(url)} cannot be used" for url, holds in zip(urls, held, strict=True) if not holds]
-    return judged(faults, f"{len(urls)} key sets of issuers were fetched and read.", worst=warned)
+    if not urls:
+        return passed("No issuer names a key set.")
+    return judged(faults, f"Fetched and read: {counted(len(urls), 'key set')}.", worst=warned)
 
 
 async def _is_key_set(client: httpx.AsyncClient, url: str) -> bool:

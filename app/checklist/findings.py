@@ -56,6 +56,11 @@ class Finding:
     fix: str
 
 
+def counted(number: int, noun: str) -> str:
+    """As in "1 worker" and "2 workers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def passed(detail: str) -> Verdict:
     """It holds."""
     return Verdict(Status.PASS, detail)

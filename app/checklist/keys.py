@@ -146,7 +146,7 @@ async def _required(ground: Ground) -> Verdict:
     if settings.root_keys is None:
         return failed("BULKHEAD_ROOT_KEYS is not set.")
     try:
-        Keyring.parse(settings.root_keys.get_secret_value())
+        Keyring.parse(settings.root_keys.get_secret_value(), source="BULKHEAD_ROOT_KEYS")
     except ConfigurationError as error:
         return failed(error.detail)
     has_model = settings.model_api_key is not None or (ground.answering is not None and bool(ground.answering.models))

@@ -44,10 +44,11 @@ select count(*), coalesce(extract(epoch from clock_timestamp() - min(at)), 0)::f
 def public_keys(settings: Settings) -> PublicKeys:
     """Those of the settings; raise ConfigurationError where there are none."""
     keys = settings.audit_keys or settings.root_keys
+    source = f"BULKHEAD_{'AUDIT' if settings.audit_keys else 'ROOT'}_KEYS"
     if keys is None:
         raise ConfigurationError("There are no keys.")
     retired = read_keys(settings.audit_retired_keys_file) if settings.audit_retired_keys_file else None
-    return Signers(Keyring.parse(keys.get_secret_value()), retired=retired).public
+    return Signers(Keyring.parse(keys.get_secret_value(), source=source), retired=retired).public
 
 
 async def _chain(ground: Ground) -> Verdict:

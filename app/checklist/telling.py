@@ -37,7 +37,7 @@ def print_table(findings: Sequence[Finding]) -> None:
     table = Table("", "item", "guide", "what was found", box=None, pad_edge=False)
     for each in findings:
         colour, fix = _COLOURS[each.status], f"\n[dim]{escape(each.fix)}[/dim]" if each.fix else ""
-        guide = ", ".join(map(str, each.guide))
+        guide = ", ".join(map(str, each.guide)) or "more"
         table.add_row(f"[{colour}]{each.status}[/{colour}]", each.id, guide, escape(each.detail) + fix)
     console.print(table)
     counts = {status: sum(each.status is status for each in findings) for status in Status}

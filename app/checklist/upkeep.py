@@ -63,14 +63,15 @@ def _compare(ground: Ground) -> Verdict:
     pins = _pins(ground)
     if not any(is_needed for _, is_needed in pins.values()):
         return failed("requirements/base.txt is not here, or pins nothing.")
-    faults = []
+    faults, count = [], 0
     for name, (versions, is_needed) in pins.items():
         found = _installed(name)
+        count += found is not None
         if found is None and is_needed:
             faults.append(f"{name} is not installed")
         elif found is not None and found.version not in versions:
             faults.append(f"{name} is {found.version}, pinned is {' or '.join(sorted(versions))}")
-    return judged(faults[:10], f"{len(pins)} pins; what is installed of them is what is pinned.")
+    return judged(faults[:10], f"{count} packages are installed as they are pinned.")
 
 
 async def _intact(ground: Ground) -> Verdict:
@@ -195,7 +196,10 @@ def _read_catalogue(ground: Ground) -> Verdict:
         count += 1
         if listed.state not in {"installed", "not installed"}:
             faults.append(f"the entry {listed.name} is {listed.state}")
-    return judged(faults[:10], f"{count} entries; none names a shell, and nobody else can change one.")
+    if not count and not faults:
+        return passed("The catalogue has no entry.")
+    entries = "1 entry" if count == 1 else f"{count} entries"
+    return judged(faults[:10], f"{entries}; none names a shell, and nobody else can change one.")
 
 
 def _below(folder: Path) -> Iterable[Path]:

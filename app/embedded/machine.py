@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
@@ -51,12 +51,22 @@ class Machine:
     def held(self) -> Iterator[None]:
         """One `up` a data directory; raise ConfigurationError where another runs, or what is there is not ours."""
         self._own_directory()
-        descriptor = os.open(self.directory / "up.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with self._usable():
+            descriptor = os.open(self.directory / "up.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             self._lock(descriptor)
             yield
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.directory} cannot be used ({error.strerror}): set BULKHEAD_DATA_DIR to another directory."
+            ) from None
 
     def _lock(self, descriptor: int) -> None:
         try:
@@ -68,13 +78,9 @@ class Machine:
 
     def _own_directory(self) -> None:
         """What `reset` will delete some day must hold nothing of anybody else's."""
-        try:
+        with self._usable():
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             strangers = {path.name for path in self.directory.iterdir()} - _KNOWN
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.directory} cannot be used ({error.strerror}): set BULKHEAD_DATA_DIR to another directory."
-            ) from None
         if strangers and OWN_FILE not in strangers:
             raise ConfigurationError(
                 f"{self.directory} holds what Bulkhead did not make: set BULKHEAD_DATA_DIR to an empty directory."
@@ -115,14 +121,17 @@ class Machine:
         return DevelopmentIssuer(self.directory / "development-issuer.pem")
 
     @contextmanager
-    def database(self, settings: Settings) -> Iterator[DatabaseUrls]:
-        """The configured database, or the embedded Postgres, which runs no longer than the block."""
+    def database(self, settings: Settings, meanwhile: Callable[[], object] = lambda: None) -> Iterator[DatabaseUrls]:
+        """The configured database, or the embedded Postgres, which runs no longer than the block.
+
+        `meanwhile` may be called while that gets ready.
+        """
         configured = database_urls(settings)
         if configured is not None:
             yield configured
             return
         try:
-            self._postgres.start()
+            self._postgres.start(meanwhile)
             yield self._postgres.provision()
         finally:
             self.stop_database()

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -77,14 +77,17 @@ class EmbeddedPostgres:
         self._lock = self.root / "lock"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> bool:
-        """Start the cluster, or attach to it where it runs. True where it was started here."""
+    def start(self, meanwhile: Callable[[], object] = lambda: None) -> bool:
+        """Start the cluster, or attach to it where it runs. True where it was started here.
+
+        `meanwhile` is called while it gets ready, where it is started here.
+        """
         with _explained(self.root):
             self._own_root()
             for _ in _ticks(self._timeout_s):
                 with _taken(self._lock, fcntl.LOCK_EX) as lock:
                     if lock is not None:
-                        self._launch(lock)
+                        self._launch(lock, meanwhile)
                         return True
                 if self._is_ready():
                     return False
@@ -138,7 +141,7 @@ class EmbeddedPostgres:
             raise ConfigurationError(f"{self.root} belongs to uid {owner}: start as that user, or elsewhere")
         self.root.chmod(0o700)
 
-    def _launch(self, lock: int) -> None:
+    def _launch(self, lock: int, meanwhile: Callable[[], object]) -> None:
         self._reap()
         account = self._account()
         server = self._programs.server(account)
@@ -152,6 +155,7 @@ class EmbeddedPostgres:
             stale.unlink(missing_ok=True)
         self._process = self._spawn(binaries, account, lock)
         try:
+            meanwhile()
             self._await_ready(self._process)
         except BaseException:  # Ctrl-C as well: nothing is left behind
             self._process.kill()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import date
-from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, delete, false, select, text, tuple_, update
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db import Base
 from app.limits.budgets import Amount, Standing, Tokens
-from app.limits.models import BudgetAccount, Reservation
+from app.limits.models import Reservation
+from app.limits.usage import Spent
+from app.writes import Row, Statement, insert_into, later, together
 
-_ACCOUNT: Final = insert(BudgetAccount.table())
-# It writes nothing, but makes the row where none is there.
-_LOCK: Final = _ACCOUNT.on_conflict_do_update(
-    index_elements=["tenant_id"], set_={"tenant_id": _ACCOUNT.excluded.tenant_id}, where=false()
-)
+_COLUMNS: Final = ("tenant_id", "run_id", "user_id", "day", "model", "input_tokens", "output_tokens", "cost")
+_RESERVE: Final = insert_into(Reservation.table(), *_COLUMNS)
+# It writes nothing, but makes the row where none is there; in the order of the ids, as two who lock several must.
+_LOCK: Final = """
+insert into budget_accounts (tenant_id) select distinct tenant_id from {} order by tenant_id
+on conflict (tenant_id) do update set tenant_id = excluded.tenant_id where false
+"""
+_LOCK_ONE: Final = text(_LOCK.format("(select cast(:tenant_id as uuid) as tenant_id) one"))
 # After the lock, in a statement of its own: its snapshot holds what whoever had the lock before has committed.
 _STANDING: Final = text("""
 select today.day, reserved.runs, reserved.user_runs,
@@ -48,12 +51,64 @@ cross join lateral (
 ) own
 left join budget_days used on used.tenant_id = :tenant_id and used.day = today.day
 """)
+# Each reservation is given back once, to whoever takes it first. A run whose tokens nobody knows is charged all that it
+# had reserved. Who counts `account` waits for its lock before anything is taken.
+_SETTLE: Final = Statement(
+    f"""
+    account as ({_LOCK.format("spent")} returning tenant_id), taken as (
+        delete from budget_reservations r using spent s
+        where r.tenant_id = s.tenant_id and r.run_id = s.run_id and (select count(*) from account) >= 0
+        returning r.tenant_id, r.run_id, r.user_id, r.day, r.model, s.runs, s.turns,
+            coalesce(s.input_tokens, greatest(r.input_tokens, s.least_input)) as input_tokens,
+            coalesce(s.output_tokens, greatest(r.output_tokens, s.least_output)) as output_tokens,
+            coalesce(s.cost, greatest(r.cost, s.least_cost)) as cost,
+            greatest(r.tool_calls, s.tool_calls) as tool_calls
+    ), of_day as (
+        insert into budget_days as b (tenant_id, day, tokens, cost, tool_calls)
+        select tenant_id, day, sum(input_tokens + output_tokens), sum(cost), sum(tool_calls) from taken
+        group by 1, 2
+        on conflict (tenant_id, day) do update set tokens = b.tokens + excluded.tokens,
+            cost = b.cost + excluded.cost, tool_calls = b.tool_calls + excluded.tool_calls
+    ), of_model as (
+        insert into usage_models as u
+            (tenant_id, day, user_id, model, runs, turns, input_tokens, output_tokens, cost, tool_calls)
+        select tenant_id, day, user_id, model, sum(runs), sum(turns), sum(input_tokens), sum(output_tokens),
+            sum(cost), sum(tool_calls)
+        from taken group by 1, 2, 3, 4
+        on conflict (tenant_id, day, user_id, model) do update set runs = u.runs + excluded.runs,
+            turns = u.turns + excluded.turns, input_tokens = u.input_tokens + excluded.input_tokens,
+            output_tokens = u.output_tokens + excluded.output_tokens, cost = u.cost + excluded.cost,
+            tool_calls = u.tool_calls + excluded.tool_calls
+    ), of_tool as (
+        insert into usage_tools as u (tenant_id, day, user_id, tool, allowed, denied, failed, duration_ms)
+        select t.tenant_id, t.day, t.user_id, c.tool, sum(c.allowed), sum(c.denied), sum(c.failed), sum(c.duration_ms)
+        from taken t join called c on c.tenant_id = t.tenant_id and c.run_id = t.run_id group by 1, 2, 3, 4
+        on conflict (tenant_id, day, user_id, tool) do update set allowed = u.allowed + excluded.allowed,
+            denied = u.denied + excluded.denied, failed = u.failed + excluded.failed,
+            duration_ms = u.duration_ms + excluded.duration_ms
+    )
+    select count(*) from taken
+    """,  # noqa: S608  ours
+    {
+        "spent": {
+            "tenant_id": "uuid",
+            "run_id": "uuid",
+            **dict.fromkeys(("input_tokens", "output_tokens", "cost", "least_input", "least_output"), "bigint"),
+            **dict.fromkeys(("least_cost", "runs", "turns", "tool_calls"), "bigint"),
+        },
+        "called": {
+            "tenant_id": "uuid",
+            "run_id": "uuid",
+            "tool": "text",
+            **dict.fromkeys(("allowed", "denied", "failed", "duration_ms"), "bigint"),
+        },
+    },
+)
 
 
-async def lock(session: AsyncSession, tenant_ids: Iterable[UUID]) -> None:
-    """Let nobody else reserve, extend or settle for these tenants before this transaction ends."""
-    # In the order of the ids, as two who lock several must.
-    await session.execute(_LOCK, [{"tenant_id": tenant_id} for tenant_id in sorted(tenant_ids)])
+async def lock(session: AsyncSession, tenant_id: UUID) -> None:
+    """Let nobody else reserve, extend or settle for the tenant before this transaction ends."""
+    await session.execute(_LOCK_ONE, {"tenant_id": tenant_id})
 
 
 async def standing(session: AsyncSession, tenant_id: UUID, user_id: UUID, *, day: date | None = None) -> Standing:
@@ -69,9 +124,9 @@ async def standing(session: AsyncSession, tenant_id: UUID, user_id: UUID, *, day
     )
 
 
-async def add(session: AsyncSession, tenant_id: UUID, run_id: UUID, **values: Any) -> None:
+def add(session: AsyncSession, tenant_id: UUID, run_id: UUID, **values: Any) -> None:
     """A run's reservation."""
-    await session.execute(insert(Reservation).values(tenant_id=tenant_id, run_id=run_id, **values))
+    later(session, _RESERVE, {"tenant_id": tenant_id, "run_id": run_id, **values})
 
 
 async def find(session: AsyncSession, tenant_id: UUID, run_id: UUID) -> Reservation | None:
@@ -92,28 +147,34 @@ async def count_call(session: AsyncSession, tenant_id: UUID, run_id: UUID) -> No
     await session.execute(statement.values(tool_calls=Reservation.tool_calls + 1))
 
 
-async def take(session: AsyncSession, runs: Iterable[tuple[UUID, UUID]]) -> Sequence[Row[Any]]:
-    """End the reservations of these runs (tenant, run): each is given back once, to whoever takes it first."""
-    of_runs = tuple_(Reservation.tenant_id, Reservation.run_id).in_(list(runs))
-    statement = delete(Reservation).where(of_runs).returning(*Reservation.__table__.columns)
-    return (await session.execute(statement)).all()
+async def settle(session: AsyncSession, ended: Mapping[tuple[UUID, UUID], Spent]) -> int:
+    """Charge these runs (tenant, run) what they have spent, instead of what they had reserved; give how many had that.
+
+    Together with what waits to be written, of which it sees nothing.
+    """
+    tables: dict[str, list[Row]] = {
+        "spent": [_charge(run, spent) for run, spent in ended.items()],
+        "called": [
+            {"tenant_id": tenant_id, "run_id": run_id, "tool": tool, **asdict(tally)}
+            for (tenant_id, run_id), spent in ended.items()
+            for tool, tally in spent.tools.items()
+        ],
+    }
+    return int((await together(session, _SETTLE, tables)).scalar_one())
 
 
-async def count_up(session: AsyncSession, table: type[Base], rows: Mapping[tuple[object, ...], Sequence[int]]) -> None:
-    """Add counts to the rows of these keys, both in the order of the table's columns, or make them."""
-    if not rows:
-        return
-    statement, names = _adding(table)
-    await session.execute(
-        statement, [dict(zip(names, (*key, *rows[key]), strict=True)) for key in sorted(rows, key=str)]
-    )
-
-
-@cache
-def _adding(table: type[Base]) -> tuple[Insert, tuple[str, ...]]:
-    columns = table.table().columns
-    keys = [column.name for column in columns if column.primary_key]
-    counts = [column.name for column in columns if not column.primary_key]
-    statement = insert(table.table())
-    added = {name: columns[name] + statement.excluded[name] for name in counts}
-    return statement.on_conflict_do_update(index_elements=keys, set_=added), (*keys, *counts)
+def _charge(run: tuple[UUID, UUID], spent: Spent) -> Row:
+    (tenant_id, run_id), known = run, spent.tokens
+    return {
+        "tenant_id": tenant_id,
+        "run_id": run_id,
+        "input_tokens": None if known is None else known.input,
+        "output_tokens": None if known is None else known.output,
+        "cost": None if known is None else spent.cost,
+        "least_input": spent.least.input,
+        "least_output": spent.least.output,
+        "least_cost": spent.least_cost,
+        "runs": spent.runs,
+        "turns": spent.turns,
+        "tool_calls": spent.tool_calls,
+    }

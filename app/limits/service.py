@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.limits import budgets, repository
 from app.limits.budgets import Amount, Limit, Limits, Standing, Tokens
-from app.limits.models import BudgetDay, ModelUsage, ToolUsage
 from app.limits.queue import Busy
 from app.limits.usage import Spent
 from app.outbound.prices import Price, PriceIn, price_on
 from app.telemetry import labels
 from app.telemetry.metrics import BUDGET_COST, BUDGET_REFUSALS, BUDGET_TOKENS
+from app.writes import send
 
 # A budget that has no room for any more lets nothing begin.
 _ANY: Final = Amount(1, 1, 1)
@@ -76,7 +75,7 @@ async def reserve(session: AsyncSession, demand: Demand) -> Reserved | Busy | Ex
     On Busy as many runs are under way as there may be: roll back, and ask again when one has ended.
     """
     limits = demand.limits
-    await repository.lock(session, [demand.tenant_id])
+    await repository.lock(session, demand.tenant_id)
     standing = await repository.standing(session, demand.tenant_id, demand.user_id)
     price = price_on(standing.day, demand.prices)
     if limits.bounds_cost and price is None:
@@ -91,7 +90,7 @@ async def reserve(session: AsyncSession, demand: Demand) -> Reserved | Busy | Ex
     tokens = _first(limits, standing, price)
     cost = budgets.amount(tokens, price).cost
     values = {"input_tokens": tokens.input, "output_tokens": tokens.output, "cost": cost, "model": demand.model}
-    await repository.add(session, demand.tenant_id, demand.run_id, user_id=demand.user_id, day=standing.day, **values)
+    repository.add(session, demand.tenant_id, demand.run_id, user_id=demand.user_id, day=standing.day, **values)
     return Reserved(standing.day, tokens, price)
 
 
@@ -116,7 +115,7 @@ async def extend(
     session: AsyncSession, tenant_id: UUID, run_id: UUID, *, by: Tokens, price: Price | None, limits: Limits
 ) -> Tokens | Exhausted | Gone:
     """Set aside at least so many tokens more for a run, and give all that it has then."""
-    await repository.lock(session, [tenant_id])
+    await repository.lock(session, tenant_id)
     row = await repository.find(session, tenant_id, run_id)
     if row is None:
         return Gone()
@@ -138,7 +137,7 @@ async def extend(
 
 async def take_call(session: AsyncSession, tenant_id: UUID, run_id: UUID, *, limits: Limits) -> Exhausted | Gone | None:
     """Count a tool call of a run, late in the transaction that allows it; None where there was room."""
-    await repository.lock(session, [tenant_id])
+    await repository.lock(session, tenant_id)
     row = await repository.find(session, tenant_id, run_id)
     if row is None:
         return Gone()
@@ -158,42 +157,16 @@ async def settle(session: AsyncSession, ended: Mapping[tuple[UUID, UUID], Spent]
     """
     if not ended:
         return 0
-    await repository.lock(session, {tenant_id for tenant_id, _ in ended})
-    taken = [(row, ended[row.tenant_id, row.run_id]) for row in await repository.take(session, ended)]
-    models: dict[tuple[object, ...], tuple[int, ...]] = {}
-    days: dict[tuple[object, ...], tuple[int, ...]] = {}
-    tools: dict[tuple[object, ...], tuple[int, ...]] = {}
-    for row, spent in taken:
-        tokens, cost = _charged(row, spent)
-        calls = max(row.tool_calls, spent.tool_calls)
-        of_user = (row.tenant_id, row.day, row.user_id)
-        _add(days, (row.tenant_id, row.day), tokens.total, cost, calls)
-        _add(models, (*of_user, row.model), spent.runs, spent.turns, tokens.input, tokens.output, cost, calls)
-        for tool, tally in spent.tools.items():
-            _add(tools, (*of_user, tool), tally.allowed, tally.denied, tally.failed, tally.duration_ms)
-    for table, rows in ((BudgetDay, days), (ModelUsage, models), (ToolUsage, tools)):
-        await repository.count_up(session, table, rows)
-    return len(taken)
+    return await repository.settle(session, ended)
 
 
 async def count(
     session: AsyncSession, tenant_id: UUID, run_id: UUID, *, user_id: UUID, model: str, spent: Spent
 ) -> None:
     """Count a run that has nothing reserved, on the day of its end."""
-    await repository.lock(session, [tenant_id])
+    await repository.lock(session, tenant_id)
     standing = await repository.standing(session, tenant_id, user_id)
     nothing = {"input_tokens": 0, "output_tokens": 0, "cost": 0, "model": model}
-    await repository.add(session, tenant_id, run_id, user_id=user_id, day=standing.day, **nothing)
+    repository.add(session, tenant_id, run_id, user_id=user_id, day=standing.day, **nothing)
+    await send(session)  # to be there as it is settled
     await settle(session, {(tenant_id, run_id): spent})
-
-
-def _charged(row: Row[Any], spent: Spent) -> tuple[Tokens, int]:
-    if spent.tokens is None:
-        least = spent.least
-        tokens = Tokens(max(row.input_tokens, least.input), max(row.output_tokens, least.output))
-        return tokens, max(row.cost, spent.least_cost)
-    return spent.tokens, spent.cost
-
-
-def _add(rows: dict[tuple[object, ...], tuple[int, ...]], key: tuple[object, ...], *counts: int) -> None:
-    rows[key] = tuple(map(sum, zip(rows.get(key, (0,) * len(counts)), counts, strict=True)))

@@ -12,7 +12,7 @@ import typer
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.audit import signing
-from app.audit_cli.ground import reached, read_settings
+from app.audit_cli.ground import reached, read_settings, unusable
 from app.errors import ConfigurationError
 from app.keyring import Keyring
 from app.operator_cli import rewrapping
@@ -80,7 +80,8 @@ def _strange(settings: Settings, keyring: Keyring, found: Needed) -> Iterator[st
 def _kept(settings: Settings, keyring: Keyring) -> set[str]:
     """The ids of the signing keys that verify once the active root key is the only one."""
     retired = signing.read_keys(settings.audit_retired_keys_file).raw if settings.audit_retired_keys_file else {}
-    audit = Keyring.parse(settings.audit_keys.get_secret_value()) if settings.audit_keys else None
+    own = settings.audit_keys
+    audit = Keyring.parse(own.get_secret_value(), source="BULKHEAD_AUDIT_KEYS") if own else None
     names = audit.key_ids if audit else (keyring.active,)
     return {*retired, *(signing.follows_from(audit or keyring, key_id) for key_id in names)}
 
@@ -92,7 +93,7 @@ def _told(tenants: int, api_keys: int) -> str:
 def _root_keys(settings: Settings) -> Keyring:
     if settings.root_keys is None:
         raise ConfigurationError("Set BULKHEAD_ROOT_KEYS: the new key first, the old ones behind it.")
-    return Keyring.parse(settings.root_keys.get_secret_value())
+    return Keyring.parse(settings.root_keys.get_secret_value(), source="BULKHEAD_ROOT_KEYS")
 
 
 def _ran(work: Coroutine[Any, Any, T]) -> T:
@@ -105,4 +106,4 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OSError) as error:
-        raise ConfigurationError(f"The database cannot be used: {str(error).partition(chr(10))[0]}") from None
+        raise unusable(error) from None

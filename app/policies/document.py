@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Final, Literal, get_args
 
 from pydantic import Field, ValidationError
@@ -141,7 +142,15 @@ def digest(text: str) -> str:
 
 
 def _faults(errors: list[ErrorDetails]) -> list[Fault]:
-    return [Fault(strict_yaml.pointer(*_location(error)), _message(error)) for error in errors]
+    return [Fault(strict_yaml.pointer(*place), words) for error in errors for place, words in _told(error)]
+
+
+def _told(error: ErrorDetails) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    yield _location(error), _message(error)
+    if error["type"] == "union_tag_not_found":  # its keys are not looked at, and one may be meant for `template`
+        for key in error["input"]:
+            if not _is_of_a_template(key):
+                yield (*error["loc"], key), f"{key} is not a known key"
 
 
 def _location(error: ErrorDetails) -> tuple[str | int, ...]:
@@ -167,6 +176,10 @@ def _message(error: ErrorDetails) -> str:
 
 def _of_an_extra_key(location: tuple[str | int, ...]) -> str:
     section, key = location[0], location[-1]
-    if section == "servers" and any(key in template.model_fields for template in get_args(DeclaredServer)):
+    if section == "servers" and _is_of_a_template(key):
         return f"{key} is a key of another template"
     return f"{key} is not a known key"
+
+
+def _is_of_a_template(key: str | int) -> bool:
+    return any(key in template.model_fields for template in get_args(DeclaredServer))

@@ -31,6 +31,9 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_CALLERS: Final = 1_000
 # All of them hold the names of all tools: about 0.2 KB for each.
 _MAX_NAMES: Final = 100_000
+# A schema takes some fifty times its text: nearly all that a small policy takes.
+_MAX_SHARED: Final = 64
+_MAX_SHARED_TEXT: Final = 16_384
 # All servers together: with these and 500 rules a policy compiles in seconds.
 MAX_TOOLS: Final = 1_024
 MAX_SCHEMA_VALUES: Final = 25_000
@@ -375,7 +378,14 @@ def _check_rules(document: PolicyDocument, actions: Sequence[Action], rules: Seq
 
 
 def _schema(document: PolicyDocument, actions: Sequence[Action], *, overrides: int = 0) -> cedarpy.Schema:
-    return cedarpy.Schema.from_json_str(json.dumps(schema_of(actions, document.servers, overrides=overrides)))
+    text = json.dumps(schema_of(actions, document.servers, overrides=overrides))
+    return _shared_schema(text) if len(text) <= _MAX_SHARED_TEXT else cedarpy.Schema.from_json_str(text)
+
+
+@lru_cache(maxsize=_MAX_SHARED)
+def _shared_schema(text: str) -> cedarpy.Schema:
+    """Says nothing but what tools there are: one for all policies with the same servers, whosever they are."""
+    return cedarpy.Schema.from_json_str(text)
 
 
 def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:

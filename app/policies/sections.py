@@ -23,6 +23,7 @@ from app.policies.patterns import MAX_PATTERN_LENGTH, check_glob, compile_patter
 MB: Final = 1024 * 1024
 SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(KB|MB)$"
 _USD: Final = re.compile(USD_PATTERN)
+_RATE: Final = re.compile(r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,8})(KB|MB)")
 # For editors: what these refuse, the checks below refuse in better words.
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -34,8 +35,9 @@ _UNITS: Final = {"KB": 1024, "MB": MB}
 class Section(BaseModel):
     """A part of the document: nothing but what it names, and of the types that it names."""
 
-    # A text below a key says what it means, to editors too (app/policies/json_schema.py).
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    # A text below a key says what it means, to editors too: app/policies/json_schema.py reads it, once somebody asks.
+    # With pydantic's `use_attribute_docstrings` each start would search the source of all modules for it.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def _bytes(size: object) -> object:
@@ -54,6 +56,12 @@ def _micro_usd(amount: object) -> object:
     if not isinstance(amount, str) or not _USD.fullmatch(amount) or not (micro := micro_usd(amount)):
         raise ValueError('must be an amount of USD above zero, as a text: "50" or "0.25"')
     return micro
+
+
+def _rate(rate: str) -> str:
+    if not _RATE.fullmatch(rate):
+        raise ValueError('must be a rate such as "100/minute"')
+    return rate
 
 
 def _expression(pattern: str) -> str:
@@ -99,7 +107,7 @@ Expression = Annotated[
 Glob = Annotated[str, AfterValidator(check_glob), WithJsonSchema({"type": "string", "pattern": _GLOB_PATTERN})]
 Expressions = Annotated[tuple[Expression, ...], Field(max_length=50)]
 Globs = Annotated[tuple[Glob, ...], Field(max_length=500)]
-Rate = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")]
+Rate = Annotated[str, AfterValidator(_rate), WithJsonSchema({"type": "string", "pattern": _RATE.pattern})]
 ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_length=32)]
 WorkspaceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Extension = Annotated[str, StringConstraints(pattern=r"^\.[a-z0-9]{1,16}$")]

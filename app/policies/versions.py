@@ -29,7 +29,8 @@ from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy, rule
 from app.policies.models import PolicyPublication, PolicyVersion, PublishedPolicy
 from app.tenants import repository as tenants
 
-_MAX_CACHED: Final = 1_000
+# Of tools and rules in all: a policy takes some 25 KiB, and up to as much again for each tool.
+_MAX_CACHED: Final = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,11 @@ class _Cached:
     stamp: tuple[int, datetime] | None
     active: ActivePolicy | None
 
+    @property
+    def weight(self) -> int:
+        """What it takes of the room."""
+        return 1 + (len(self.active.tools) + len(self.active.compiled.rules) if self.active else 0)
+
 
 class PolicyCache:
     """Active policies by tenant, each valid until the generation of its tenant changes.
@@ -249,6 +255,7 @@ class PolicyCache:
         self._database = database
         self._caps = caps
         self._cached: OrderedDict[UUID, _Cached] = OrderedDict()
+        self._weight = 0
         self._locks: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
     async def current(self, tenant_id: UUID, generation: int) -> ActivePolicy | None:
@@ -265,7 +272,8 @@ class PolicyCache:
 
     def forget(self, tenant_id: UUID) -> None:
         """Let a tenant's policy go."""
-        self._cached.pop(tenant_id, None)
+        if (cached := self._cached.pop(tenant_id, None)) is not None:
+            self._weight -= cached.weight
 
     def _fresh(self, tenant_id: UUID, generation: int) -> _Cached | None:
         cached = self._cached.get(tenant_id)
@@ -285,8 +293,9 @@ class PolicyCache:
         else:
             active = await to_thread.run_sync(published.compiled) if published else None
             active = active and replace(active, document=self._caps.applied(active.document))
+        self.forget(tenant_id)
         self._cached[tenant_id] = cached = _Cached(generation, stamp, active)
-        self._cached.move_to_end(tenant_id)
-        if len(self._cached) > _MAX_CACHED:
-            self._cached.popitem(last=False)
+        self._weight += cached.weight
+        while self._weight > _MAX_CACHED and len(self._cached) > 1:
+            self.forget(next(iter(self._cached)))
         return cached

@@ -17,7 +17,11 @@ import typer
 from app.policy_cli.service import Service, Stopped, connected, read_text
 from app.policy_cli.tables import Screen, shown, standing
 
-policy: Final = typer.Typer(no_args_is_help=True, help="Policies: check, compare, try and publish them.")
+policy: Final = typer.Typer(
+    no_args_is_help=True,
+    help="Policies: check, compare, try and publish them. The service is at BULKHEAD_URL; who asks is in"
+    " BULKHEAD_ADMIN_KEY, or else BULKHEAD_API_KEY.",
+)
 
 Url = Annotated[str | None, typer.Option(envvar="BULKHEAD_URL", help="Where the service is.")]
 Key = Annotated[
@@ -129,8 +133,8 @@ def _keys(found: Any) -> list[dict[str, Any]]:
 def dry_run(
     source: Source,
     *,
-    role: Annotated[str | None, typer.Option(help="Anybody of this role: tenant_admin, auditor, user.")] = None,
-    user: Annotated[str | None, typer.Option(help="A user's id.")] = None,
+    role: Annotated[str | None, typer.Option(help="Anybody of this role (tenant_admin, auditor, user), or")] = None,
+    user: Annotated[str | None, typer.Option(help="this user, by the id.")] = None,
     query: Annotated[str | None, typer.Option(help="A query to be screened.")] = None,
     calls: Annotated[
         Path | None, typer.Option(help='A file with calls to be decided: [{"tool": ..., "arguments": {...}}].')
@@ -139,8 +143,10 @@ def dry_run(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask what a version would say to a query, or to tool calls; nothing is called."""
+    """Ask what a version would say to a query, or to tool calls, of a role or a user; nothing is called."""
     with _asking(url, key, as_json=as_json) as (screen, service):
+        if not role and not user:
+            raise Stopped(2, "Give --role or --user: who would ask.")
         body: dict[str, Any] = {"as": {name: value for name, value in (("role", role), ("user_id", user)) if value}}
         body |= {"query": query} if query is not None else {}
         body |= {"calls": _read_calls(calls)} if calls is not None else {}

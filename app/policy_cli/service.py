@@ -123,6 +123,8 @@ def connected(url: str | None, key: str | None) -> Iterator[Service]:
     """The service at this URL, asked with this key."""
     if not url or not key:
         raise Stopped(2, "Export BULKHEAD_URL (or give --url) and BULKHEAD_ADMIN_KEY: where it is, and who asks.")
+    if not url.lower().startswith(("http://", "https://")):
+        raise Stopped(2, "BULKHEAD_URL must begin with http:// or https://.")
     try:
         client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT_S)
     except (httpx.InvalidURL, ValueError):

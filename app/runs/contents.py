@@ -7,15 +7,17 @@ from enum import StrEnum
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.keyring import SecretKey
 from app.runs.context import RunContext
 from app.runs.models import Content
+from app.writes import insert_into, later
 
-_INSERT: Final = insert(Content.table())
+_ADD: Final = insert_into(Content.table())
+_ADD_ONCE: Final = insert_into(Content.table(), ending="on conflict do nothing")
 _INSERT_ONCE: Final = upsert(Content.table()).on_conflict_do_nothing()
 
 
@@ -41,14 +43,14 @@ class Place:
     sequence: int
 
 
-async def add(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int = 0) -> None:
+def add(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int = 0) -> None:
     """Seal and insert a text of a run in flight."""
-    await session.execute(_INSERT, _row(run, kind, text, sequence=sequence))
+    later(session, _ADD, _row(run, kind, text, sequence=sequence))
 
 
-async def add_once(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int) -> None:
+def add_once(session: AsyncSession, run: RunContext, kind: Kind, text: str, *, sequence: int) -> None:
     """The same for a text that another transaction of the run may write as well: it waits for that one's end."""
-    await session.execute(_INSERT_ONCE, _row(run, kind, text, sequence=sequence))
+    later(session, _ADD_ONCE, _row(run, kind, text, sequence=sequence))
 
 
 async def add_at(session: AsyncSession, key: SecretKey, place: Place, text: str) -> bool:

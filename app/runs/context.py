@@ -95,6 +95,7 @@ class RunContext:
     index: ToolIndex | None = None
     found: set[str] = field(default_factory=set)
     meter: Meter = field(default_factory=Meter)
+    _terms: Terms | None = field(default=None, init=False, repr=False)
 
     @property
     def waiting(self) -> list[Call]:
@@ -162,8 +163,10 @@ class RunContext:
 
     @property
     def terms(self) -> Terms:
-        """What holds for the run's caller."""
-        return self.policy.document.terms_for(str(self.caller.user_id), self.caller.role.value)
+        """What holds for the run's caller, under the policy that it keeps."""
+        if self._terms is None:
+            self._terms = self.policy.document.terms_for(str(self.caller.user_id), self.caller.role.value)
+        return self._terms
 
     @property
     def visible_tools(self) -> tuple[PinnedTool, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Final
 from uuid import UUID
 
@@ -19,7 +19,6 @@ from app.idempotency.once import Once
 from app.limits.admission import Admission
 from app.policies.turns import Turns
 from app.policies.versions import ActivePolicy, PolicyCache
-from app.runs.repeats.twins import Twins
 from app.runs.service import RunService
 from app.scopes import Scope
 
@@ -36,7 +35,6 @@ class NoPolicy(Conflict):
 
 TheRuns = Annotated[RunService, Depends(of_app("runs"))]
 TheTurns = Annotated[Turns, Depends(of_app("turns"))]
-TheTwins = Annotated[Twins, Depends(of_app("twins"))]
 Asker = Annotated[Caller, Depends(requires(Scope.RUNS_CREATE))]
 
 
@@ -66,12 +64,24 @@ async def record_refusal(request: Request, caller: Caller, reason: str) -> None:
 ThePolicy = Annotated[ActivePolicy, Depends(active_policy)]
 
 
-async def rate_limited(request: Request, caller: Asker, policy: ThePolicy) -> None:
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Who may ask, and under which policy."""
+
+    caller: Caller
+    policy: ActivePolicy
+
+
+async def admitted(request: Request, caller: Asker, policy: ThePolicy) -> Admitted:
     """Count the query against the limits of its tenant, its user and its key; raises slowapi's RateLimitExceeded."""
     admission: Admission = request.app.state.admission
     requests = policy.document.terms_for(str(caller.user_id), caller.role.value).requests
     tenant_requests = policy.document.limits.tenant_requests
     request.state.rate_headers = await admission.query(caller, requests=requests, tenant_requests=tenant_requests)
+    return Admitted(caller, policy)
+
+
+TheAdmitted = Annotated[Admitted, Depends(admitted)]
 
 
 async def _asked_once(once: OnlyOnce) -> Once:

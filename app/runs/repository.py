@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import and_, case, func, insert, or_, select, text, tuple_, update
+from sqlalchemy import and_, case, func, or_, select, text, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -17,6 +17,7 @@ from app.caller import Caller
 from app.runs.context import RunContext
 from app.runs.models import Content, Run, ToolCall
 from app.runs.state import Ending, Outcome, RunKind, State, StopCause
+from app.writes import insert_into, later
 
 # No ending of ours leaves one: each settles in its own transaction.
 _LEFT_RESERVED: Final = text("""
@@ -26,41 +27,54 @@ where r.state <> 'running'
 limit :limit
 """)
 
+# By the database's clock.
+_ADD: Final = insert_into(
+    Run.table(),
+    *("tenant_id", "id", "user_id", "role", "key_id", "conversation_id", "policy_version", "model", "kind"),
+    *("attempt", "state", "code", "cancel_cause"),
+    more={"lease_s": "double precision", "is_over": "boolean"},
+    computed={
+        "lease_until": "now() + make_interval(secs => r.lease_s)",
+        "started_at": "case when r.lease_s is not null then now() end",
+        "finished_at": "case when r.is_over then now() end",
+    },
+)
+
 # An erased one is disabled, too. Plain SQL, since users are another domain's.
 _IS_DISABLED: Final = text("""
 exists (select from users u where u.tenant_id = runs.tenant_id and u.id = runs.user_id and u.disabled_at is not null)
 """)
 
 
-async def add(
+def add(
     session: AsyncSession,
     run: RunContext,
     *,
     lease_s: float,
     denied: Ending | None,
+    cause: StopCause | None = None,
     state: State = State.RUNNING,
 ) -> None:
-    """Insert a run: running under a lease, queued without one, or denied from the start."""
+    """Insert a run: running under a lease, queued without one, or ended from the start."""
     is_running = denied is None and state is State.RUNNING
-    await session.execute(
-        insert(Run).values(
-            tenant_id=run.caller.tenant_id,
-            id=run.run_id,
-            user_id=run.caller.user_id,
-            role=run.caller.role.value,
-            key_id=run.caller.key_id,
-            conversation_id=run.conversation_id,
-            policy_version=run.policy.version,
-            model=run.model,
-            kind=RunKind.BACKGROUND if run.is_durable else RunKind.INTERACTIVE,
-            attempt=run.attempt,
-            state=state if denied is None else denied.state,
-            code=None if denied is None else denied.code,
-            lease_until=_lease(lease_s) if is_running else None,
-            started_at=func.now() if is_running else None,
-            finished_at=None if denied is None else func.now(),
-        )
-    )
+    row = {
+        "tenant_id": run.caller.tenant_id,
+        "id": run.run_id,
+        "user_id": run.caller.user_id,
+        "role": run.caller.role.value,
+        "key_id": run.caller.key_id,
+        "conversation_id": run.conversation_id,
+        "policy_version": run.policy.version,
+        "model": run.model,
+        "kind": RunKind.BACKGROUND if run.is_durable else RunKind.INTERACTIVE,
+        "attempt": run.attempt,
+        "state": state if denied is None else denied.state,
+        "code": None if denied is None else denied.code,
+        "cancel_cause": cause,
+        "lease_s": lease_s if is_running else None,
+        "is_over": denied is not None,
+    }
+    later(session, _ADD, row)
 
 
 def _lease(seconds: float) -> object:
@@ -88,7 +102,7 @@ async def _leave(session: AsyncSession, run: RunContext, state: State, **values:
     # One that begins in the queue ends there, where it may not run.
     is_under_way = Run.state.in_([State.QUEUED, State.RUNNING])
     is_ours = and_(Run.id == run.run_id, is_under_way, Run.attempt == run.attempt)
-    statement = update(Run).where(is_ours).values(state=state, lease_until=None, **tokens, **values)
+    statement = update(Run.table()).where(is_ours).values(state=state, lease_until=None, **tokens, **values)
     return await session.scalar(statement.returning(Run.id)) is not None
 
 

@@ -116,6 +116,7 @@ def configure(level: str, *, file: Path | None = None, stream: Literal["stdout",
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _without_messages,
+        _readable,
     ]
     structlog.configure(
         processors=[*shared, renderer],
@@ -184,6 +185,11 @@ def _without_messages(_logger: Any, _method: str, event: EventDict) -> EventDict
     if error is not None:
         event["exception"] = "".join(islice(_frames(error, depth=0), _MOST_FRAMES)).rstrip()
     return event
+
+
+def _readable(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """When and what come first, for whoever reads down a file."""
+    return {"timestamp": event.pop("timestamp"), "event": event.pop("event"), **event}
 
 
 def _exception(given: Any) -> BaseException | None:

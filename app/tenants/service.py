@@ -96,9 +96,15 @@ async def record_for_both(session: AsyncSession, tenant_id: UUID, event: Event) 
 async def open_tenant_key(session: AsyncSession, keyring: Keyring, tenant_id: UUID) -> SecretKey:
     """The tenant's data key; raise NotFound, Unsealable, or Unauthenticated where it has been erased meanwhile."""
     tenant = await repository.get_tenant(session, tenant_id)
-    if tenant.status == "erased":
+    sealed = Sealed(tenant.key_id, tenant.wrapped_key)
+    return opened_tenant_key(keyring, tenant_id, status=tenant.status, sealed=sealed)
+
+
+def opened_tenant_key(keyring: Keyring, tenant_id: UUID, *, status: str, sealed: Sealed) -> SecretKey:
+    """The same of a row that was read otherwise."""
+    if status == "erased":
         raise Unauthenticated
-    return keys.open_tenant_key(keyring, Sealed(tenant.key_id, tenant.wrapped_key), tenant_id=tenant_id)
+    return keys.open_tenant_key(keyring, sealed, tenant_id=tenant_id)
 
 
 async def find_user_key(session: AsyncSession, keyring: Keyring, tenant_id: UUID, user_id: UUID) -> SecretKey | None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 # Before the import: it would send queries to outside hosts.
 os.environ["MCP_USE_ANONYMIZED_TELEMETRY"] = "false"
@@ -72,9 +72,17 @@ async def reused(llm: ChatOpenAI, config: Config) -> AsyncIterator[Answer]:
         await client.close_all_sessions()
 
 
+VARIANTS: Final = {"fresh": fresh, "live": live, "reused": reused}
+
+
+def model(url: str) -> ChatOpenAI:
+    """The stub at `url`."""
+    return ChatOpenAI(model="stub", base_url=url, api_key=SecretStr("none"), temperature=0)
+
+
 async def _work(variant: str, model_url: str, config: str) -> None:
-    llm = ChatOpenAI(model="stub", base_url=model_url, api_key=SecretStr("none"), temperature=0)
-    async with {"fresh": fresh, "live": live, "reused": reused}[variant](llm, json.loads(config)) as answer:
+    llm = model(model_url)
+    async with VARIANTS[variant](llm, json.loads(config)) as answer:
         while line := await asyncio.to_thread(sys.stdin.readline):
             print(json.dumps(await _ask_all(answer, **json.loads(line))), flush=True)
 

@@ -54,6 +54,39 @@ async def test_a_tenant_with_many_events_does_not_hold_up_one_with_few(ground: G
     await sealer.finish()
 
 
+async def test_many_tenants_are_sealed_in_one_transaction(ground: Ground) -> None:
+    """One for each would cost more than what it records where each tenant has done a little."""
+    tenants = [await ground.tenant(2) for _ in range(3)]
+    await ground.sealer().seal()
+    ((transactions, heads),) = await ground.as_superuser(
+        ("select count(distinct xmin::text), count(*) from audit_heads where tenant_id = any(:ids)", {"ids": tenants})
+    )
+    assert (transactions, heads) == (1, 3)
+
+
+async def test_what_the_database_refuses_of_one_tenant_holds_up_no_other(ground: Ground) -> None:
+    refused, other = await ground.tenant(1), await ground.tenant(1)
+    await ground.as_superuser((NEW_LINK.replace("99", "1"), {"id": refused}))
+    await ground.sealer().seal()
+    assert (await counts(ground, refused))[2:] == (1, 0)
+    assert (await counts(ground, other))[1:] == (1, 0, 1)
+    await ground.as_superuser(("delete from audit_chain where tenant_id = :id", {"id": refused}))
+    await ground.sealer().seal()
+    assert (await counts(ground, refused))[1:] == (1, 0, 1), "the control: nothing else was in its way"
+
+
+async def test_what_somebody_holds_of_one_tenant_holds_up_no_other(ground: Ground) -> None:
+    held, other = await ground.tenant(1), await ground.tenant(1)
+    async with ground.superuser.connect() as holding:
+        await holding.execute(text("select from tenants where id = :id for update"), {"id": held})
+        async with asyncio.timeout(15):
+            await ground.sealer().seal()
+        assert (await counts(ground, held))[1:] == (0, 1, 0)
+        assert (await counts(ground, other))[1:] == (1, 0, 1)
+    await ground.sealer().seal()
+    assert (await counts(ground, held))[1:] == (1, 0, 1), "the control: nothing else was in its way"
+
+
 async def test_many_sealers_at_once_make_one_chain(ground: Ground) -> None:
     tenants = [await ground.tenant(400) for _ in range(3)]
     sealers = [ground.sealer(batch=7) for _ in range(4)]
@@ -143,8 +176,8 @@ for statement in range(1, int(sys.argv[1]) + 1):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     print(statement)
 """
-# Of the round: tenant, whose events wait. Of the batch: tenant, lock, head, events, links, head, queue.
-_STATEMENTS = 9
+# Of the round: tenant, whose events wait. Of the batch: tenant, locks, heads, events; then the tenant's, what it adds.
+_STATEMENTS = 8
 
 
 async def test_a_sealer_that_is_killed_between_its_statements_loses_and_forks_nothing(ground: Ground) -> None:

@@ -382,7 +382,7 @@ async def _an_archive_that_is_full(at: At) -> Ground:
     return at.ground
 
 
-@breaks("workers", "fail", "background runs wait, and no worker lives")
+@breaks("workers", "fail", "and no worker lives")
 async def _nobody_works(at: At) -> Ground:
     run = await at.tenant.user.make("/v1/runs", json={"query": "What does note.md say?"})
     at.stack.push_async_callback(at.tenant.user.post, f"/v1/runs/{run['run_id']}/cancel")

@@ -86,6 +86,8 @@ def test_a_person_reads_a_table_and_a_machine_reads_json(capsys: pytest.CaptureF
     assert "what [was] found" in told
     assert "do [this]" in told
     assert "1 failed, 0 to know, 1 passed." in told
+    telling.print_table([Finding("beyond", (), "More", Status.PASS, "what was found", "")])
+    assert "more" in capsys.readouterr().out, "what is beyond the guide, as docs/checklist.md has it"
     telling.print_json(findings)
     written = json.loads(capsys.readouterr().out)
     assert (written["status"], written["items"][0]["guide"], len(written["items"])) == ("fail", [1, 2], 2)

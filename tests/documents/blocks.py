@@ -11,7 +11,13 @@ from markdown_it import MarkdownIt
 
 _TOPS: Final = ("docs", "k8s", "benchmarks")
 ROOT: Final = Path(__file__).resolve().parents[2]
-PAGES: Final = sorted([*ROOT.glob("*.md"), *(page for top in _TOPS for page in (ROOT / top).rglob("*.md"))])
+_MADE: Final = ROOT / "benchmarks" / "results"  # not under version control; what runs there has documents of its own
+PAGES: Final = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(page for top in _TOPS for page in (ROOT / top).rglob("*.md") if not page.is_relative_to(_MADE)),
+    ]
+)
 # What a reader would run, and what a reader reads, or puts into a file.
 COMMANDS: Final = {"sh", "python", "js", "sql"}
 DATA: Final = {"yaml", "toml", "json", "ini", "text", "mermaid"}

@@ -14,6 +14,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from app import VERSION
 from app.settings import Settings
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -47,6 +48,7 @@ def test_the_base_is_named_by_its_digest() -> None:
 
 def test_the_versions_are_one() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version == VERSION
     assert set(re.findall(r"^ARG VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)) == {version}
 
 
@@ -181,12 +183,20 @@ def test_compose_gives_each_container_what_it_needs_alone() -> None:
 
 def test_every_variable_of_compose_is_in_its_sample() -> None:
     asked = set(re.findall(r"\$\{([A-Z_]+)", (COMPOSE / "compose.yaml").read_text()))
-    asked |= {
-        each["environment"] for each in yaml.safe_load((COMPOSE / "compose.yaml").read_text())["secrets"].values()
-    }
     offered = set(re.findall(r"^([A-Z_]+)=", (COMPOSE / ".env.example").read_text(), re.MULTILINE))
     with_default = {name for name in asked if name.endswith("_IMAGE")} - {"BULKHEAD_IMAGE"}
     assert asked - with_default == offered
+
+
+def test_secrets_of_compose_are_files_that_the_page_makes() -> None:
+    """A read-only root takes no others, and what stands in an argument is shown to everybody on the host."""
+    secrets = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["secrets"]
+    made = re.findall(r"> (secrets/\S+)$", (COMPOSE.parent / "compose.md").read_text(), re.MULTILINE)
+    assert {each["file"] for each in secrets.values()} == {f"./{name}" for name in made}
+    for name, service in _services().items():
+        assert not re.search(r"PASSWORD|TOKEN|KEY", str(service.get("command"))), name
+        for secret in service.get("secrets", ()):
+            assert secret in secrets
 
 
 def test_dependencies_of_compose_can_be_waited_for() -> None:

@@ -49,16 +49,24 @@ def counts() -> list[float]:
 def asked_of(database: Any) -> Iterator[list[str]]:
     """The looks at a credential: what the platform role reads of keys."""
     statements: list[str] = []
+    drivers: set[Any] = set()
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        statements.extend([statement] if "from api_keys" in statement else [])
+    def note(asked: Any) -> None:
+        statements.extend([asked.query] if "from api_keys" in asked.query else [])
+
+    def watch(connection: Any, *_rest: Any) -> None:
+        """By the driver: SQLAlchemy sees none of them."""
+        drivers.add(connection.driver_connection)
+        connection.driver_connection.add_query_logger(note)
 
     engine = database._engine.sync_engine
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "checkout", watch)
     try:
         yield statements
     finally:
-        event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "checkout", watch)
+        for driver in drivers:
+            driver.remove_query_logger(note)
 
 
 async def refuse(user: Client, times: int) -> list[httpx.Response]:

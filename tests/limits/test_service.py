@@ -190,6 +190,18 @@ async def test_what_is_no_json_is_counted_by_address_whoever_sends_it(first: Ser
         assert (await one.get("/v1/me", headers=bearing(tenant.user_key))).status_code == 200
 
 
+async def test_what_no_route_takes_is_counted_by_address_whoever_sends_it(first: Service) -> None:
+    tenant = await first.new_tenant(policy=QUICK)
+    misspelt: dict[str, Any] = {"json": {"query": "hello"}, "headers": bearing(tenant.user_key)}
+    async with Stranger(first) as one:
+        statuses = [(await one.get(path)).status_code for path in ("/nowhere", "/v1/query") * (ADDRESS_RATE // 2 - 1)]
+        statuses += [(await one.post("/v1/query?sream=true", **misspelt)).status_code for _ in range(2)]
+        assert statuses == [404, 405] * (ADDRESS_RATE // 2 - 1) + [422, 422]
+        assert (await one.get("/nowhere")).status_code == (await one.get("/v1/query")).status_code == 429
+        assert (await one.get("/v1/me", headers=bearing(tenant.user_key))).status_code == 200
+        assert (await one.get("/v1/me?me=1", headers=bearing(tenant.user_key))).status_code == 422
+
+
 async def test_requests_without_a_credential_are_counted_by_address_whatever_they_ask(first: Service) -> None:
     async with Stranger(first) as one, Stranger(first) as other:
         paths = ("/v1/me", "/readyz", "/.well-known/jwks.json", "/v1/runs", "/metrics", "/openapi.json")
@@ -204,7 +216,7 @@ async def test_requests_without_a_credential_are_counted_by_address_whatever_the
 
 async def test_no_route_without_a_credential_is_without_a_limit(first: Service) -> None:
     """Whoever mounts another one learns of it here."""
-    for operation in sorted(PUBLIC - {Operation("GET", "/healthz")}):
+    for operation in sorted(PUBLIC - {Operation(method, "/healthz") for method in ("GET", "HEAD")}):
         async with Stranger(first) as one:
             answer = await one.request(operation.method, operation.path)
             assert answer.headers.get("ratelimit-limit") == str(ADDRESS_RATE), operation

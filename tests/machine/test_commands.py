@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.checklist.upkeep import supported
 from app.db import DatabaseUrls
+from app.embedded.postgres import EmbeddedPostgres
 from app.keyring import new_entry
 from app.tenants import images
 from tests.machine.machines import ROOT, Machine, Up
@@ -116,6 +119,15 @@ async def test_a_directory_that_cannot_be_used_is_said(machine: Machine) -> None
     assert up.complaint.startswith(f"bulkhead: {machine.directory} cannot be used (File exists): set BULKHEAD_DATA_DIR")
 
 
+async def test_a_directory_that_takes_no_file_is_said(machine: Machine) -> None:
+    (machine.directory / "up.lock").mkdir(parents=True)
+    up = await machine.run("up")
+    assert (up.status, up.complaint) == (
+        1,
+        f"bulkhead: {machine.directory} cannot be used (Is a directory): set BULKHEAD_DATA_DIR to another directory.\n",
+    )
+
+
 async def test_down_and_token_say_that_nothing_runs(machine: Machine) -> None:
     assert (await machine.run("down")).output == f"Nothing runs on {machine.directory}.\n"
     token = await machine.run("token")
@@ -144,6 +156,10 @@ async def test_the_doctor_warns_of_a_fresh_demo_as_the_page_says_and_of_nothing_
     items = json.loads(found.output)["items"]
     assert [item for item in items if item["status"] == "fail"] == []
     assert (found.status, found.complaint) == (0, "")
+    told = {item["id"]: item["detail"] for item in items}
+    assert told["secret-providers"] == "No secret is bound to a provider."
+    assert told["issuers-reached"] == "No issuer names a key set."
+    assert told["workers"].endswith("Alive: 1 worker.")
     async with running.caller() as user:
         ready = (await user.get("/readyz")).json() | {"folder": str(tmp_path)}
     section = (
@@ -166,9 +182,22 @@ async def test_the_sandbox_is_probed_on_demand(machine: Machine) -> None:
     [
         ({"PORT": "eighty"}, "BULKHEAD_PORT: Input should be a valid integer"),
         ({"MODEL_TIMEOUT_S": "0"}, "BULKHEAD_MODEL_TIMEOUT_S: Input should be greater than 0"),
-        ({"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"}, "DATABASE_APP_URL, DATABASE_PLATFORM_URL"),
+        (
+            {"DATABASE_APP_URL": "postgresql+asyncpg://a:hunter2@/b"},
+            "valid: BULKHEAD_DATABASE_APP_URL, BULKHEAD_DATABASE_PLATFORM_URL and BULKHEAD_DATABASE_SEALER_URL go",
+        ),
+        *(
+            (
+                {f"DATABASE_{role}_URL": "postgresql://a:hunter2@/b"},
+                f"valid: BULKHEAD_DATABASE_{role}_URL: must begin with postgresql+asyncpg://.",
+            )
+            for role in ("OWNER", "APP", "PLATFORM", "SEALER")
+        ),
+        ({"MODEL_BASE_URL": "not-a-url"}, "BULKHEAD_MODEL_BASE_URL: String should match"),
+        ({"MODEL_PRICES": "{hunter2"}, "valid: BULKHEAD_MODEL_PRICES: is not JSON."),
+        ({"SANDBOX_UIDS": "9000-8000"}, "valid: BULKHEAD_SANDBOX_UIDS must be"),
         ({"PROT": "hunter2"}, "There is no setting BULKHEAD_PROT"),
-        ({"ROOT_KEYS": "k1:hunter2"}, "Key 'k1' of the keyring is not 32 random bytes"),
+        ({"ROOT_KEYS": "k1:hunter2"}, "BULKHEAD_ROOT_KEYS: key 'k1' is not 32 random bytes"),
         (
             {"ROOT_KEYS": "k1:hunter2", "EGRESS_PRIVATE_NETWORKS": '{"ftech": ["10.0.0.0/8"]}'},
             "BULKHEAD_EGRESS_PRIVATE_NETWORKS: there is no template ftech",
@@ -188,6 +217,30 @@ async def test_a_setting_that_is_wrong_or_missing_is_named_without_its_value(
     assert said in serve.complaint
     assert serve.complaint.count("\n") == 1
     assert "hunter2" not in serve.complaint
+
+
+@pytest.mark.parametrize("line", ["BULKHEAD_PORT 8001hunter2", "BULKHEAD_PORT", "BULKHEAD_HOST='hunter2"])
+async def test_a_line_of_the_env_file_that_would_be_lost_is_named_without_its_text(machine: Machine, line: str) -> None:
+    good = "# a comment\n\nexport BULKHEAD_LOG_LEVEL='debug'\nBULKHEAD_MODEL_PRICES='{\n}'\n"
+    file = machine.directory.parent / ".env"
+    file.write_text(good)
+    assert "Nothing runs" in (await machine.run("down")).output, "the control"
+    file.write_text(f"{good}\n{line}\n")
+    down = await machine.run("down")
+    assert (down.status, down.complaint) == (1, "bulkhead: Line 7 of .env is not NAME=value.\n")
+
+
+async def test_a_key_id_of_no_use_is_refused(machine: Machine) -> None:
+    refused = await machine.run("root-key", "--key-id", "A B")
+    assert (refused.status, refused.output) == (1, "")
+    assert refused.complaint.startswith("bulkhead: 'A B' is no key id: it has at most 32 lower-case letters")
+    assert (await machine.run("root-key", "--key-id", "a-b")).output.startswith("a-b:")
+
+
+async def test_the_command_has_its_name_and_its_version(machine: Machine) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (await machine.run("--version")).output == f"bulkhead {version}\n"
+    assert "Usage: bulkhead root-key" in (await machine.run("root-key", "--help")).output
 
 
 def _external(urls: DatabaseUrls, **settings: str) -> dict[str, str]:
@@ -229,6 +282,14 @@ async def _served(machine: Machine) -> AsyncIterator[str]:
     assert serve.complaint == ""
 
 
+async def test_a_database_without_a_schema_is_said(machine: Machine, postgres: EmbeddedPostgres) -> None:
+    machine.settings = _external(await asyncio.to_thread(postgres.provision, "without_a_schema"), MODEL_API_KEY="any")
+    for command in (("admin", "bootstrap"), ("doctor",), ("serve",)):
+        refused = await machine.run(*command)
+        assert refused.status == 1
+        assert refused.complaint.endswith("bulkhead: The database has no schema: run `bulkhead migrate`.\n")
+
+
 async def test_a_database_of_another_version_is_left_alone(machine: Machine, databases: Databases) -> None:
     urls = await asyncio.to_thread(databases)
     engine = create_async_engine(urls.owner or "")
@@ -252,6 +313,7 @@ async def test_a_database_that_does_not_answer_is_said_without_its_password(mach
         refused = await machine.run(*command)
         assert refused.status == 1
         assert refused.complaint.startswith("bulkhead: The database cannot be used: ")
+        assert not re.search(r"class|sqlalchemy|psycopg|asyncpg", refused.complaint)
         assert "hunter2" not in refused.complaint
         assert refused.complaint.count("\n") == 1
 

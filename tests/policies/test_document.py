@@ -174,6 +174,19 @@ def test_a_server_is_read_by_its_template(section: str, path: str, message: str)
     assert faults(with_section(section)) == {path: message}
 
 
+def test_a_rate_that_is_none_is_told_its_form() -> None:
+    assert faults(with_section("limits: {requests: 60 a minute}")) == {
+        "/limits/requests": 'must be a rate such as "100/minute"'
+    }
+
+
+def test_a_misspelt_template_is_named() -> None:
+    assert faults(with_section("servers: {site: {templat: fetch, allowed_hosts: [a.example]}}")) == {
+        "/servers/site/template": "Field required",
+        "/servers/site/templat": "templat is not a known key",
+    }
+
+
 @pytest.mark.parametrize(
     ("section", "path"),
     [

@@ -263,3 +263,11 @@ def test_schemas_keep_their_own_limits() -> None:
     assert ask(compiled, "docs__find", path="abc", kind=1)
     assert ask(compiled, "docs__find", path="abcd").rule == "schema"
     assert ask(compiled, "docs__find", kind="b").rule == "schema"
+
+
+def test_policies_of_the_same_tools_share_what_cedar_knows_of_them() -> None:
+    """It is nearly all that a small policy takes, and many tenants declare the same servers."""
+    one, other = [policy(allow=["docs__*"], deny=[f"*__{name}*"]) for name in ("delete", "write")]
+    assert one._schema is other._schema
+    assert ask(one, "docs__write_file", {"path": "a", "content": ""})
+    assert not ask(other, "docs__write_file", {"path": "a", "content": ""})

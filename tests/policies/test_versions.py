@@ -93,6 +93,24 @@ async def test_a_request_that_began_earlier_does_not_make_the_cache_older(
     assert seen == []
 
 
+async def test_a_large_policy_takes_the_room_of_many_small_ones(
+    service: Service, tenant: Tenant, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that nobody has used for longest go: thousands of small ones may stay, and of large ones fewer."""
+    monkeypatch.setattr(versions, "_MAX_CACHED", 2)
+    cache = PolicyCache(Database(engine))
+    first, second, third = [UUID((await service.new_tenant(policy=None)).id) for _ in range(3)]
+    for each in (first, second, first, third):
+        await cache.current(each, 1)
+    assert cache.tenants() == [first, third]
+    await cache.current(UUID(tenant.id), 1)
+    assert cache.tenants() == [UUID(tenant.id)]
+    cache.forget(UUID(tenant.id))
+    for each in (first, second):
+        await cache.current(each, 1)
+    assert cache.tenants() == [first, second], "the room of what was forgotten is free"
+
+
 async def test_a_list_of_versions_does_not_read_their_documents(tenant: Tenant, engine: AsyncEngine) -> None:
     async with Database(engine).transaction(UUID(tenant.id)) as session:
         with statements(engine) as seen:

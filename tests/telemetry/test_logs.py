@@ -72,6 +72,15 @@ def test_no_line_of_a_library_or_of_ours_holds_a_secret_of_whom_it_is_logged_for
     assert has_secret == [False, False, True, True, True], "controls: another tenant's, and afterwards"
 
 
+def test_when_and_what_come_first_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with configured() as lines:
+        with structlog.contextvars.bound_contextvars(tenant_id=str(TENANT)):
+            structlog.get_logger().info("said", detail="this")
+            logging.getLogger("uvicorn.error").warning("this")
+        found = said(lines, capfd)
+    assert [list(line)[:2] for line in found] == [["timestamp", "event"]] * 2
+
+
 def test_an_exception_is_types_and_frames_and_a_library_s_line_is_a_place(capfd: pytest.CaptureFixture[str]) -> None:
     nonce = f"word-{secrets.token_hex(8)}"
     with configured() as lines:

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from app import parameters
 from app.errors import Conflict, NotFound
 from app.tenants.workspaces import STALE_SECONDS, WorkspaceStore
 from tests.service import POLICY, Service
@@ -157,6 +158,19 @@ async def test_an_upload_into_what_is_deleted_meanwhile_is_refused_and_may_be_se
         await store.write(TENANT, "docs", path="a.md", content=content(), recorded=nullcontext())
     await store.write(TENANT, "docs", path="a.md", content=plain(), recorded=nullcontext())
     assert await listed(store) == [("docs", None)]
+
+
+async def test_a_misspelt_user_of_a_workspace_deletes_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = await service.new_tenant(policy=None, files={"note.md": "the note"})
+    refused = await tenant.admin.delete("/v1/workspaces/docs", params={"userid": str(USER)})
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "/query/userid")
+    assert (await tenant.admin.get("/v1/workspaces/docs/files/note.md")).text == "the note"
+    assert (await tenant.admin.delete("/v1/workspaces/docs", params={"user_id": str(USER)})).status_code == 404
+    assert (await tenant.admin.get("/v1/workspaces/docs/files/note.md")).text == "the note"
+    monkeypatch.setattr(parameters, "check", lambda *_: None)  # and what it would do otherwise
+    assert (await tenant.admin.delete("/v1/workspaces/docs", params={"userid": str(USER)})).status_code == 204
 
 
 async def test_an_admin_lists_and_deletes_and_a_query_finds_an_empty_workspace(service: Service) -> None:

@@ -10,6 +10,7 @@ import httpx
 
 from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
 from app.runs.agent.governed import GovernedChat
+from app.runs.agent.turns import Endpoint
 from app.runs.state import MODEL_FAILED, Ending, RunEnded
 
 # Tenants choose the temperature.
@@ -52,13 +53,25 @@ class Chats:
         return self._chats[key]
 
     def _build(self, endpoint: ModelEndpoint, name: str, temperature: float, *, passes_trace: bool) -> GovernedChat:
-        return GovernedChat(
+        chat = GovernedChat(
             model=name,
             base_url=endpoint.base_url,
             api_key=lambda: endpoint.api_key,
             temperature=temperature,
-            timeout=self._timeout_s,
-            max_retries=self._retries,
             http_async_client=self._client,
             passes_trace=passes_trace,
         )
+        url = httpx.URL(f"{endpoint.base_url.rstrip('/')}/chat/completions")
+        told = _told(chat) | {"Authorization": f"Bearer {endpoint.api_key}"}
+        headers = httpx.Headers({**self._client.headers, **httpx.Headers(told, encoding="utf-8")}, encoding="utf-8")
+        return chat.sent_to(Endpoint(self._client, url, headers, httpx.Timeout(self._timeout_s), self._retries))
+
+
+def _told(chat: GovernedChat) -> dict[str, str]:
+    """The headers of OpenAI's client, but for those that describe this machine."""
+    headers = chat.root_async_client.default_headers
+    return {
+        name: value
+        for name, value in headers.items()
+        if isinstance(value, str) and not name.lower().startswith("x-stainless")
+    }

@@ -51,8 +51,10 @@ IDEMPOTENCY_KEY: Final = "bulkhead/idempotency-key"
 # What a database that goes away shows itself as.
 _REFUSED: Final = (IntegrityError, DataError, ProgrammingError)  # it is there, and would say so again
 _DATABASE_LOST: Final = (DBAPIError, PoolTimeout, ConnectionError, FileNotFoundError, TimeoutError)
-_MAX_AGENTS: Final = 500
-# With a thousand tools an agent takes 4 MB, and overrides can make one for each user.
+# In units of 4 KiB: an agent takes some twenty, and one more for each tool.
+_MAX_AGENTS: Final = 300_000
+_AN_AGENT: Final = 20
+# Overrides can make one for each user.
 _MAX_OF_A_TENANT: Final = 20
 _Key = tuple[UUID, int, frozenset[str]]
 
@@ -69,6 +71,7 @@ class _Shared:
     policy: ActivePolicy
     chat: GovernedChat
     agent: GovernedAgent
+    weight: int
 
 
 class Executor:
@@ -83,6 +86,7 @@ class Executor:
         self._redact = redact
         self._gate = Gate(journal=journal, call_server=self._call_server, redact=redact)
         self._agents: OrderedDict[_Key, _Shared] = OrderedDict()
+        self._weight = 0
         self._flights: dict[UUID, _Flight] = {}
 
     async def execute(self, run: RunContext, opened: Opened) -> tuple[Ending, StopCause | None]:
@@ -142,18 +146,25 @@ class Executor:
         cached = self._agents.get(key)
         if cached is None or cached.policy is not policy or cached.chat is not chat:
             agent = await to_thread.run_sync(self._new_agent, policy, chat, tools)  # a thousand tools take a second
-            self._agents[key] = cached = _Shared(policy, chat, agent)
+            cached = _Shared(policy, chat, agent, weight=_AN_AGENT + len(tools))
+            self._keep(key, cached)
         self._agents.move_to_end(key)
-        self._forget(key)
         return cached.agent
 
-    def _forget(self, newest: _Key) -> None:
-        """What has not been used for longest: of a tenant that has many, else of all."""
-        own = [key for key in self._agents if key[0] == newest[0]]
+    def _keep(self, key: _Key, newest: _Shared) -> None:
+        """In the place of what has not been used for longest: of a tenant that has many, else of all."""
+        self._drop(key)
+        self._agents[key] = newest
+        self._weight += newest.weight
+        own = [each for each in self._agents if each[0] == key[0]]
         if len(own) > _MAX_OF_A_TENANT:
-            del self._agents[own[0]]
-        elif len(self._agents) > _MAX_AGENTS:
-            self._agents.popitem(last=False)
+            self._drop(own[0])
+        while self._weight > _MAX_AGENTS and len(self._agents) > 1:
+            self._drop(next(iter(self._agents)))
+
+    def _drop(self, key: _Key) -> None:
+        if (shared := self._agents.pop(key, None)) is not None:
+            self._weight -= shared.weight
 
     def _new_agent(self, policy: ActivePolicy, chat: GovernedChat, tools: Sequence[PinnedTool]) -> GovernedAgent:
         return GovernedAgent(
@@ -188,7 +199,7 @@ class Executor:
     def forget(self, tenant_id: UUID) -> None:
         """Let a tenant's agents go; runs in flight keep theirs."""
         for key in [key for key in self._agents if key[0] == tenant_id]:
-            del self._agents[key]
+            self._drop(key)
 
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""

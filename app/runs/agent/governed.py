@@ -10,16 +10,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, Final, ParamSpec, Self
+from typing import Any, Final, ParamSpec, Self, cast
 
-import openai
+import httpx
 import structlog
 from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
 from mcp_use import MCPAgent, MCPClient
@@ -31,7 +31,7 @@ from app.policies.engine import PinnedTool
 from app.policies.tool_search import ToolIndex
 from app.runs.agent.gate import Gate
 from app.runs.agent.tool_search import FoundTools
-from app.runs.agent.turns import send
+from app.runs.agent.turns import Endpoint, send
 from app.runs.context import RunContext, current_run
 from app.runs.events.log import EventKind
 from app.runs.lifecycle import observing
@@ -84,6 +84,7 @@ class GovernedChat(ChatOpenAI):
     """A chat model whose every turn is counted against the run and whose every fault ends it clearly."""
 
     passes_trace: bool = False
+    _endpoint: Endpoint | None = PrivateAttr(default=None)
     _bound: dict[tuple[int, ...], tuple[Sequence[Any], Runnable[LanguageModelInput, AIMessage]]] | None = PrivateAttr(
         default=None
     )
@@ -94,11 +95,15 @@ class GovernedChat(ChatOpenAI):
         own._bound = {}  # noqa: SLF001  a copy of ours
         return own
 
-    def _traced_client(self) -> openai.AsyncOpenAI:
+    def sent_to(self, endpoint: Endpoint) -> Self:
+        """The same, whose turns are sent there."""
+        self._endpoint = endpoint
+        return self
+
+    def _trace(self) -> dict[str, str]:
         """Ids of ours are told to endpoints that the operator has named, and to nobody else."""
-        client: openai.AsyncOpenAI = self.root_async_client
         traceparent = traces.current().traceparent if self.passes_trace else ""
-        return client.with_options(default_headers={"traceparent": traceparent}) if traceparent else client
+        return {"traceparent": traceparent} if traceparent else {}
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """Convert the tools' schemas once for the same tools of an agent, not on every turn."""
@@ -111,6 +116,18 @@ class GovernedChat(ChatOpenAI):
             self._bound[key] = (tools, super().bind_tools(tools, **kwargs))  # with the tools, to keep the ids valid
         return self._bound[key][1]
 
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,  # noqa: A002  LangChain's name
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """A turn and nothing else: LangChain's own way to it asks callbacks, caches and limiters that are not."""
+        result = await self._agenerate(self._convert_input(input).to_messages(), stop, **kwargs)
+        return cast("AIMessage", result.generations[0].message)  # or the turn has failed
+
     @_counted
     async def _agenerate(
         self,
@@ -119,15 +136,16 @@ class GovernedChat(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        run = current_run()
+        run, endpoint = current_run(), self._endpoint
+        if endpoint is None:
+            raise LookupError("this model is nowhere")
         run.begin_model_turn()
         spent = run.meter.spent
         payload = self._get_request_payload(messages, stop=stop, **kwargs)
         try:
             with observing.turn(run, self.model_name, messages) as span:
-                client, retries = self._traced_client(), self.max_retries or 0
                 deltas = run.events.deltas(run.model_turns) if run.events.is_live else None
-                completion = await send(client, run.meter, payload, retries=retries, deltas=deltas)
+                completion = await send(endpoint, run.meter, payload, headers=self._trace(), deltas=deltas)
                 result = self._create_chat_result(completion)
                 message = result.generations[0].message
                 observing.note_turn(span, message)
@@ -135,17 +153,18 @@ class GovernedChat(ChatOpenAI):
             if run.meter.spent == spent:  # there was no room for it, so nothing was sent
                 run.model_turns -= 1
             raise
-        except openai.APIStatusError as error:
-            raise _failed(f"The model endpoint answered with status {error.status_code}.", "status") from None
-        except openai.APITimeoutError:
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            raise _failed(f"The model endpoint answered with status {status}.", "status") from None
+        except httpx.TimeoutException:
             raise _failed("The model endpoint did not answer in time.", "timeout") from None
-        except openai.APIConnectionError as error:
-            cause = type(error.__cause__).__name__
-            _log.warning("model.unreachable", endpoint=str(self.root_async_client.base_url), cause=cause)
+        except httpx.RequestError as error:
+            cause = type(error.__cause__ or error).__name__
+            _log.warning("model.unreachable", endpoint=str(endpoint.url), cause=cause)
             raise _failed("The model endpoint could not be reached, or broke off.", "unreachable") from None
         except UnicodeEncodeError:
             raise _failed("The model sent tool arguments that are not valid Unicode.") from None
-        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             _log.warning("model.malformed", error=type(error).__name__)
             raise _failed("The model endpoint sent an answer that is not a chat completion.") from None
         _note(run, message)
@@ -259,7 +278,8 @@ class GovernedAgent(MCPAgent):
         """
         messages = [*external_history, HumanMessage(content=query), *resumption.messages]
         messages += await self._gate.answer_all(current_run(), resumption.asked)
-        await self._agent_executor.ainvoke(
-            {"messages": messages}, config={"callbacks": [], "recursion_limit": self.recursion_limit}
-        )
+        # Nobody reads what it would give after each step.
+        config = {"callbacks": [], "recursion_limit": self.recursion_limit}
+        async for _ in self._agent_executor.astream({"messages": messages}, config, stream_mode=[]):
+            pass
         return current_run().answer

@@ -6,11 +6,11 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
-from typing import Any, Final, cast
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import httpx
-import openai
 import orjson
 
 from app.limits.budgets import Tokens
@@ -20,7 +20,8 @@ from app.runs.events.deltas import Deltas
 
 # Of one turn where a budget holds; sent along, so that the endpoint keeps to it.
 MAX_OUTPUT_TOKENS: Final = 8_192
-_PATH: Final = "/chat/completions"
+_STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
+_NONE: Final[Mapping[str, str]] = {}
 _AGAIN: Final = frozenset({408, 409, 429})
 _LONGEST_WAIT_S: Final = 60
 # What may still come after the last piece of a stream: nothing, of an endpoint in its right mind.
@@ -30,61 +31,68 @@ _MAX_DRAINED: Final = 20
 _UNSENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a model's turns are sent to, and what with; made once, since httpx would make it for each turn."""
+
+    client: httpx.AsyncClient
+    url: httpx.URL
+    headers: httpx.Headers = field(repr=False)
+    timeout: httpx.Timeout
+    retries: int
+
+    def request(self, body: bytes, more: Mapping[str, str]) -> httpx.Request:
+        """With those headers, too."""
+        headers = self.headers.copy()
+        headers.update(more)
+        limits = {"timeout": self.timeout.as_dict()}
+        return httpx.Request("POST", self.url, headers=headers, content=body, extensions=limits)
+
+
 async def send(
-    client: openai.AsyncOpenAI,
+    endpoint: Endpoint,
     meter: Meter,
     payload: dict[str, Any],
     *,
-    retries: int,
+    headers: Mapping[str, str] = _NONE,
     deltas: Deltas | None = None,
 ) -> Any:
     """POST a chat completion, again where that may help, and give what was answered, which may be anything.
 
-    With `deltas` its text is told as it comes. Raise what the client raises, ValueError for what is no JSON or no
-    stream of a completion, and what ends the run.
+    With `deltas` its text is told as it comes. Raise httpx.HTTPError, ValueError for what is no JSON or no stream of a
+    completion, UnicodeEncodeError for what cannot be sent, and what ends the run.
     """
     if meter.is_bounded:
         payload["max_completion_tokens"] = min(payload.get("max_completion_tokens", 1 << 31), MAX_OUTPUT_TOKENS)
-    most = Tokens(len(_as_sent(payload)), MAX_OUTPUT_TOKENS)
-    for attempt in range(retries + 1):
+    body = _as_sent(payload if deltas is None else payload | _STREAMED)
+    most = Tokens(len(body), MAX_OUTPUT_TOKENS)
+    for attempt in range(endpoint.retries + 1):
         await meter.charge(most)
         try:
-            return await (_whole(client, payload) if deltas is None else _streamed(client, payload, deltas))
-        except (openai.APIStatusError, openai.APIConnectionError) as error:
+            request = endpoint.request(body, headers)
+            return await (_whole(endpoint, request) if deltas is None else _streamed(endpoint, request, deltas))
+        except (httpx.HTTPStatusError, httpx.RequestError) as error:
             if _is_free(error):
                 meter.correct(Tokens())
-            if attempt == retries or (wait_s := _wait_s(error, attempt)) is None:
+            if attempt == endpoint.retries or (wait_s := _wait_s(error, attempt)) is None:
                 raise
         await asyncio.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")
 
 
-async def _whole(client: openai.AsyncOpenAI, payload: Mapping[str, Any]) -> Any:
-    # Its own retries would be turns that nobody has charged.
-    response = await client.post(_PATH, body=payload, cast_to=httpx.Response, options={"max_retries": 0})
-    return orjson.loads(response.content)
+async def _whole(endpoint: Endpoint, request: httpx.Request) -> Any:
+    response = await endpoint.client.send(request)
+    return orjson.loads(response.raise_for_status().content)
 
 
-async def _streamed(client: openai.AsyncOpenAI, payload: Mapping[str, Any], deltas: Deltas) -> Any:
+async def _streamed(endpoint: Endpoint, request: httpx.Request, deltas: Deltas) -> Any:
     deltas.begin()
-    streamed = await client.post(
-        _PATH,
-        body={**payload, "stream": True, "stream_options": {"include_usage": True}},
-        cast_to=httpx.Response,
-        options={"max_retries": 0},
-        stream=True,
-        stream_cls=openai.AsyncStream[Any],
-    )
-    response = cast("httpx.Response", streamed)  # as it was cast to
-    request: Any = response.request  # of either generation of the library below
-    try:
-        completion = await _received(response, deltas)
-    except (httpx.TimeoutException, TimeoutError) as error:
-        raise openai.APITimeoutError(request=request) from error
-    except (httpx.HTTPError, chunks.BrokenOff) as error:
-        raise openai.APIConnectionError(request=request) from error
-    finally:
-        await response.aclose()
+    response = await endpoint.client.send(request, stream=True)
+    async with aclosing(response):
+        try:
+            completion = await _received(response.raise_for_status(), deltas)
+        except chunks.BrokenOff as error:
+            raise httpx.RemoteProtocolError("the stream broke off", request=request) from error
     deltas.end()
     return completion
 
@@ -117,26 +125,27 @@ async def _drain(received: AsyncIterator[bytes]) -> None:
 
 
 def _as_sent(payload: Mapping[str, Any]) -> bytes:
-    """Its bytes, of which each token is at least one; half a surrogate pair is for the client to refuse."""
+    """Its bytes, of which each token is at least one. Raise UnicodeEncodeError for half of a character."""
     try:
         return orjson.dumps(payload)
-    except TypeError:
-        return json.dumps(payload, default=str).encode()
+    except TypeError:  # for that, and for numbers past 64 bits
+        return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _is_free(error: openai.APIStatusError | openai.APIConnectionError) -> bool:
+def _is_free(error: httpx.HTTPStatusError | httpx.RequestError) -> bool:
     """True where the endpoint has refused the request, or never saw it; what is not known has been used."""
-    if isinstance(error, openai.APIStatusError):
-        return 400 <= error.status_code < 500
-    return isinstance(error.__cause__, _UNSENT)
+    if isinstance(error, httpx.HTTPStatusError):
+        return 400 <= error.response.status_code < 500
+    return isinstance(error, _UNSENT)
 
 
-def _wait_s(error: openai.APIStatusError | openai.APIConnectionError, attempt: int) -> float | None:
+def _wait_s(error: httpx.HTTPStatusError | httpx.RequestError, attempt: int) -> float | None:
     """Seconds to wait before the next attempt; None where it would not help."""
     backoff_s: float = min(0.5 * 2**attempt, 8) * random.uniform(0.75, 1)  # noqa: S311  spreads load, guards nothing
-    if not isinstance(error, openai.APIStatusError):
+    if not isinstance(error, httpx.HTTPStatusError):
         return backoff_s
-    if error.status_code not in _AGAIN and error.status_code < 500:
+    status = error.response.status_code
+    if status not in _AGAIN and status < 500:
         return None
     asked_s = _asked_s(error.response.headers)
     if asked_s is None:

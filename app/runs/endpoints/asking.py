@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
-from app.auth.dependencies import TheDatabase
 from app.caller import Caller
 from app.db import Database, new_id
 from app.errors import AppError, Conflict, NotFound
@@ -24,7 +23,7 @@ from app.policies.versions import ActivePolicy
 from app.problems import responses
 from app.runs import reading, repository
 from app.runs.contents import Kind
-from app.runs.dependencies import AskedOnce, Asker, ThePolicy, TheRuns, TheTwins, rate_limited, record_refusal
+from app.runs.dependencies import AskedOnce, TheAdmitted, record_refusal
 from app.runs.endpoints.accept import EVENTS, prefers_events
 from app.runs.endpoints.streaming import follow, streamed
 from app.runs.lifecycle.budgets import until_tomorrow_s
@@ -113,17 +112,10 @@ class _Asking:
         return RunProblem(run_id, ending, headers)
 
 
-async def _asking(
-    request: Request,
-    caller: Asker,
-    policy: ThePolicy,
-    runs: TheRuns,
-    twins: TheTwins,
-    database: TheDatabase,
-    once: AskedOnce,
-    _rate: Annotated[None, Depends(rate_limited)],
-) -> _Asking:
-    return _Asking(request, caller, policy, runs, twins, database, once)
+async def _asking(request: Request, admitted: TheAdmitted, once: AskedOnce) -> _Asking:
+    """The parts are looked up here: FastAPI walks the whole tree of dependencies for each query."""
+    parts = request.app.state
+    return _Asking(request, admitted.caller, admitted.policy, parts.runs, parts.twins, parts.database, once)
 
 
 Asking = Annotated[_Asking, Depends(_asking)]
@@ -296,8 +288,11 @@ def _location(run_id: UUID) -> str:
 
 
 async def _until_gone(request: Request) -> None:
-    while not await request.is_disconnected():  # noqa: ASYNC110  Starlette offers no event to wait for
+    """Looks every second, and not at once: most answers are there before."""
+    while True:
         await asyncio.sleep(1)
+        if await request.is_disconnected():
+            return
 
 
 async def _cancel_when_client_is_gone(asking: _Asking, run_id: UUID) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 
 from app.auth.dependencies import Paging, TheDatabase, TheKeyring, paging, requires
 from app.caller import Caller
@@ -67,8 +67,10 @@ async def read_run(run_id: UUID, caller: Reader, database: TheDatabase, keyring:
     status_code=202,
     summary="Cancel a run that has not ended",
     responses=responses(401, 403, 404, 409, 422),
+    response_class=Response,
 )
-async def cancel_run(run_id: UUID, caller: Asker, runs: TheRuns) -> None:
+async def cancel_run(run_id: UUID, caller: Asker, runs: TheRuns) -> Response:
     """Take effect within a second; one's own runs, or any of the tenant's with `runs:cancel_all`."""
     own_only = None if Scope.RUNS_CANCEL_ALL in caller.scopes else caller.user_id
     await runs.order_cancel(caller, run_id, user_id=own_only)
+    return Response(status_code=202)

@@ -75,7 +75,11 @@ where (tenant_id, id) in (
     for no key update of r skip locked
 )
 """)
-_FAILURES: Final = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# The last is what the driver says where it is cut off in the middle of a question.
+_FAILURES: Final = (
+    *(SQLAlchemyError, OSError, TimeoutError),
+    *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+)
 
 
 class TooManyStreams(AppError):

@@ -23,10 +23,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.keyring import SecretKey
 from app.platform_db import PlatformDatabase
-from app.runs.events.commits import at_end
 from app.runs.events.deltas import Deltas
+from app.runs.events.models import RunEvent
 from app.runs.events.schemas import VERSION, EventKind, told
 from app.runs.redaction import Redactor
+from app.writes import at_end, insert_into, later
 
 __all__ = ["CHANNEL", "EventKind", "EventLog", "Events", "append", "last", "opened"]
 
@@ -45,18 +46,7 @@ _MAX_ROWS: Final = 2_000
 _MAX_NAMED: Final = 200
 EVERYBODY: Final = "*"
 
-# With the number of the claim that holds now, which is the writer's own.
-_WRITE: Final = sql("""
-with written as (
-    insert into run_events (tenant_id, run_id, sequence, at, type, version, data, sealed)
-    select :tenant_id, :run_id, e.* from unnest(
-        cast(:sequences as integer[]), cast(:ats as timestamptz[]), cast(:types as text[]),
-        cast(:versions as integer[]), cast(:data as text[]), cast(:sealed as bytea[])
-    ) e
-    on conflict do nothing
-)
-select attempt from runs where tenant_id = :tenant_id and id = :run_id
-""")
+_WRITE: Final = insert_into(RunEvent.table(), ending="on conflict do nothing")
 # Only for runs that are still this process's, and that nobody is just ending: those are tried again, or are lost.
 _WRITE_ALL: Final = sql("""
 with mine as (
@@ -111,6 +101,12 @@ class _Row:
     data: str
     sealed: bytes | None = field(repr=False)
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """By column."""
+        place = {"sequence": self.sequence, "at": self.at}
+        return place | {"type": self.kind, "version": VERSION, "data": self.data, "sealed": self.sealed}
+
 
 class EventLog:
     """The events of one run, by the process that executes it. Without anybody who follows they wait for its end."""
@@ -133,6 +129,10 @@ class EventLog:
         # Not free while rows are on their way: who reads in their order must not be shown a later one first.
         self._free = asyncio.Event()
         self._free.set()
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"tenant_id": self.tenant_id, "run_id": self.run_id}
 
     def go_on_after(self, sequence: int) -> None:
         """Of a run that is taken up: its events up to this one are there."""
@@ -170,15 +170,18 @@ class EventLog:
         if self.is_live:
             self._events.has_more(self)
 
-    async def write(self, session: AsyncSession) -> None:
-        """Write what is not written yet in the caller's transaction, until whose end nothing more is written."""
+    async def write(self, session: AsyncSession, *, attempt: int) -> None:
+        """Write what is not written yet in the caller's transaction, until whose end nothing more is written.
+
+        `attempt` is the number of the claim that holds then, which is the writer's own.
+        """
         while not self._free.is_set():
             await self._free.wait()
         self._free.clear()
         rows = self._numbered(None)
         at_end(session, partial(self._ended, rows))
-        values = {"tenant_id": self.tenant_id, "run_id": self.run_id, **_columns(rows)}
-        self.attempt = await session.scalar(_WRITE, values)
+        self.attempt = attempt
+        later(session, _WRITE, *(self._place | row.values for row in rows))
 
     def _ended(self, rows: Sequence[_Row], *, is_committed: bool) -> None:
         if is_committed:

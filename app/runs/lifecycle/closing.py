@@ -38,10 +38,10 @@ class Closing:
                 return INTERRUPTED
             await self._journal.flush(session, run)
             if run.answer:
-                await contents.add(session, run, contents.Kind.ANSWER, run.answer)
+                contents.add(session, run, contents.Kind.ANSWER, run.answer)
             await audit.append(session, run.caller.tenant_id, *recording.ended(run, ending, cause))
             recording.tell_ended(run, ending)
-            await run.events.write(session)
+            await run.events.write(session, attempt=run.attempt)
             if run.is_durable:
                 await self._dispatch.promote(session, run.caller.tenant_id)
             await self._budgets.settle(session, run)
@@ -61,7 +61,7 @@ class Closing:
                 expires_s = run.policy.document.approvals.expires_s
                 for call in run.waiting:
                     await approvals.request(session, run, call, expires_s=expires_s)
-                await run.events.write(session)
+                await run.events.write(session, attempt=run.attempt)
                 await self._dispatch.promote(session, run.caller.tenant_id)
                 await self._budgets.settle(session, run, goes_on=True)
         if orders.stop is not None:
@@ -77,7 +77,7 @@ class Closing:
             await repository.count_calls(session, run.run_id)
             await audit.append(session, run.caller.tenant_id, recording.returned(run))
             run.events.emit(EventKind.RUN_QUEUED, {"attempt": run.attempt})
-            await run.events.write(session)
+            await run.events.write(session, attempt=run.attempt)
             await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
             await self._budgets.settle(session, run, goes_on=True)
         return GIVEN_BACK

@@ -6,10 +6,10 @@ With them stand the model's messages of a run that another process may take up, 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import bindparam, insert, update
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -26,32 +26,25 @@ from app.runs.lifecycle.budgets import take_call
 from app.runs.lifecycle.stops import Orders, read_orders
 from app.runs.models import ToolCall
 from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
+from app.writes import insert_into, later
 
 _USED_UP = Decision.deny(BuiltIn.APPROVAL_VOIDED, "the approval of this call does not hold any more")
 _KILLED = Decision(allowed=False, rule=BuiltIn.KILL_SWITCH, reason="this tool has been stopped")
-_OUTCOME = (
-    update(ToolCall)
-    .where(
-        ToolCall.tenant_id == bindparam("of_tenant"),
-        ToolCall.run_id == bindparam("of_run"),
-        ToolCall.sequence == bindparam("of_sequence"),
-        ToolCall.outcome.is_(None),
-    )
-    .values(outcome=bindparam("new_outcome"), duration_ms=bindparam("new_duration_ms"))
-    .returning(ToolCall.sequence)
-    .execution_options(synchronize_session=None)
+_OUTCOMES: Final = text("""
+update tool_calls c set outcome = n.outcome, duration_ms = n.duration_ms
+from unnest(cast(:sequences as integer[]), cast(:outcomes as text[]), cast(:durations_ms as integer[]))
+    as n (sequence, outcome, duration_ms)
+where c.tenant_id = :tenant_id and c.run_id = :run_id and c.sequence = n.sequence and c.outcome is null
+returning c.sequence
+""")
+_ADD: Final = insert_into(
+    ToolCall.table(),
+    *("tenant_id", "run_id", "sequence", "turn", "position", "tool", "decision", "rule", "outcome"),
 )
-_INSERT = insert(ToolCall.table())
-_DECIDE = (
-    update(ToolCall)
-    .where(
-        ToolCall.tenant_id == bindparam("of_tenant"),
-        ToolCall.run_id == bindparam("of_run"),
-        ToolCall.sequence == bindparam("of_sequence"),
-    )
-    .values(decision=bindparam("new_decision"), rule=bindparam("new_rule"), outcome=bindparam("new_outcome"))
-    .execution_options(synchronize_session=None)
-)
+_DECIDE: Final = text("""
+update tool_calls set decision = :decision, rule = :rule, outcome = :outcome
+where tenant_id = :tenant_id and run_id = :run_id and sequence = :sequence
+""")
 
 
 _Write = Callable[[AsyncSession, RunContext, Call], Awaitable[None]]
@@ -115,25 +108,13 @@ class Journal:
 
     async def _insert(self, session: AsyncSession, run: RunContext, call: Call) -> None:
         arguments = canonical(call.arguments)
-        values = {
-            "tenant_id": run.caller.tenant_id,
-            "run_id": run.run_id,
-            "sequence": call.sequence,
-            "turn": call.turn,
-            "position": call.position,
-            "tool": call.recorded_tool,
-            "decision": call.recorded_decision,
-            "rule": call.decision.rule,
-            "outcome": call.outcome,
-        }
-        await session.execute(_INSERT, values)
-        await contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
+        asked = {"turn": call.turn, "position": call.position, "tool": call.recorded_tool}
+        later(session, _ADD, _place(run, call) | _decision(call) | asked)
+        contents.add(session, run, contents.Kind.ARGUMENTS, arguments, sequence=call.sequence)
         await audit.append(session, run.caller.tenant_id, _decided(run, call, arguments))
 
     async def _update(self, session: AsyncSession, run: RunContext, call: Call) -> None:
-        values = {"new_decision": call.recorded_decision, "new_rule": call.decision.rule, "new_outcome": call.outcome}
-        place = {"of_tenant": run.caller.tenant_id, "of_run": run.run_id, "of_sequence": call.sequence}
-        await (await session.connection()).execute(_DECIDE, place | values)
+        await session.execute(_DECIDE, _place(run, call) | _decision(call))
         await audit.append(session, run.caller.tenant_id, _decided(run, call, canonical(call.arguments)))
 
     async def _note_repetition(self, session: AsyncSession, run: RunContext, call: Call) -> None:
@@ -162,24 +143,30 @@ class Journal:
 
     async def _write(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
         if run.is_durable:
-            await self._write_messages(session, run)
+            self._write_messages(session, run)
         await self._write_outcomes(session, run, noted)
 
-    async def _write_messages(self, session: AsyncSession, run: RunContext) -> None:
+    def _write_messages(self, session: AsyncSession, run: RunContext) -> None:
         """Beside each call: of calls side by side none may be there without the message that asks for it."""
         for turn in range(run.written + 1, len(run.messages) + 1):
-            await contents.add_once(session, run, contents.Kind.TURN, run.messages[turn - 1], sequence=turn)
+            contents.add_once(session, run, contents.Kind.TURN, run.messages[turn - 1], sequence=turn)
 
     async def _write_outcomes(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
         if not noted:
             return
-        tenant_id = run.caller.tenant_id
-        connection = await session.connection()
+        values = {
+            "tenant_id": run.caller.tenant_id,
+            "run_id": run.run_id,
+            "sequences": [call.sequence for call in noted],
+            "outcomes": [call.outcome for call in noted],
+            "durations_ms": [call.duration_ms for call in noted],
+        }
+        # Where another process took this one for dead, the record already says that the outcome is unknown.
+        written = set((await session.scalars(_OUTCOMES, values)).all())
         for call in noted:
-            # Where another process took this one for dead, the record already says that the outcome is unknown.
-            if await connection.scalar(_OUTCOME, _outcome_row(tenant_id, run.run_id, call)) is not None:
-                await contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
-                await audit.append(session, tenant_id, _finished(run, call))
+            if call.sequence in written:
+                contents.add(session, run, contents.Kind.RESULT, call.result, sequence=call.sequence)
+                await audit.append(session, run.caller.tenant_id, _finished(run, call))
 
 
 def _set(call: Call, decision: Decision) -> None:
@@ -199,14 +186,12 @@ def _ending(run: RunContext, orders: Orders) -> Ending | None:
     return None if orders.running_as == run.attempt else INTERRUPTED
 
 
-def _outcome_row(tenant_id: UUID, run_id: UUID, call: Call) -> dict[str, Any]:
-    return {
-        "of_tenant": tenant_id,
-        "of_run": run_id,
-        "of_sequence": call.sequence,
-        "new_outcome": call.outcome,
-        "new_duration_ms": call.duration_ms,
-    }
+def _place(run: RunContext, call: Call) -> dict[str, object]:
+    return {"tenant_id": run.caller.tenant_id, "run_id": run.run_id, "sequence": call.sequence}
+
+
+def _decision(call: Call) -> dict[str, object]:
+    return {"decision": call.recorded_decision, "rule": call.decision.rule, "outcome": call.outcome}
 
 
 def _decided(run: RunContext, call: Call, arguments: str) -> Event:

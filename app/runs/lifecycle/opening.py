@@ -17,11 +17,11 @@ from app.audit.events import Event
 from app.caller import Caller
 from app.db import Database
 from app.idempotency.once import Once
-from app.keyring import Keyring, SecretKey
+from app.keyring import Keyring
 from app.limits.budgets import Tokens
 from app.limits.queue import Busy
 from app.policies.screening import Verdict
-from app.policies.versions import ActivePolicy, PolicyCache, published_version
+from app.policies.versions import ActivePolicy, PolicyCache
 from app.runs import contents, repository
 from app.runs.admission import Admission
 from app.runs.context import RunContext
@@ -29,8 +29,9 @@ from app.runs.conversations import repository as conversations
 from app.runs.dispatch import Dispatch
 from app.runs.events import log as events
 from app.runs.events.log import EventKind, Events
-from app.runs.lifecycle import recording, resuming
+from app.runs.lifecycle import callers, recording, resuming
 from app.runs.lifecycle.budgets import Budgets
+from app.runs.lifecycle.callers import Known
 from app.runs.lifecycle.resuming import Resumption
 from app.runs.lifecycle.stops import read_orders
 from app.runs.state import (
@@ -48,15 +49,13 @@ from app.scopes import SCOPES_OF, Role
 from app.telemetry import security
 from app.telemetry.metrics import SCREENINGS
 from app.telemetry.security import Violation
-from app.tenants import keys as tenant_keys
-from app.tenants import repository as tenants
-from app.tenants.service import open_tenant_key
 
 # Whose run it is, and whether somebody may take it up; plain SQL, since users and tenants are another domain's.
 _QUEUED: Final = text("""
 select r.user_id, r.key_id, r.conversation_id, r.state, r.started_at, r.attempt, r.deaths, r.policy_version,
        r.input_tokens, r.output_tokens,
-       r.state = 'running' and r.lease_until >= now() as is_held, u.role, t.generation
+       r.state = 'running' and r.lease_until >= now() as is_held, u.role, u.wrapped_key is null as is_erased,
+       t.generation
 from runs r
 join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
 join tenants t on t.id = r.tenant_id
@@ -150,38 +149,35 @@ class Opening:
     async def _begin(
         self, session: AsyncSession, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict
     ) -> Opened:
-        run = await self._received(session, caller, policy, question, is_durable=False)
-        refused = _denial(run, verdict)
-        await repository.add(session, run, lease_s=self._lease_s, denied=refused)
-        await contents.add(session, run, contents.Kind.QUERY, question.text)
-        opened = Opened(run, question.text, denied=refused)
-        if refused is None:
-            opened = await self._stopped(session, opened)
+        opened = await self._received(session, caller, policy, question, verdict, is_durable=False)
         if opened.denied is None:
             opened = await self._room(session, opened)
-        begun = _begun(opened, recording.started(run))
-        await audit.append(session, caller.tenant_id, *recording.received(run, question.text, verdict), *begun)
+        await self._add(session, opened, verdict, recording.started(opened.run))
         await _tell(session, opened, EventKind.RUN_STARTED)
         return opened
+
+    async def _add(
+        self, session: AsyncSession, opened: Opened, verdict: Verdict, begun: Event, *, state: State = State.RUNNING
+    ) -> None:
+        """The run with its query, as it begins or as it has ended instead, and the record of that."""
+        run, query = opened.run, opened.query
+        repository.add(session, run, lease_s=self._lease_s, denied=opened.denied, cause=opened.cause, state=state)
+        contents.add(session, run, contents.Kind.QUERY, query)
+        record = [*recording.received(run, query, verdict), *_begun(opened, begun)]
+        await audit.append(session, run.caller.tenant_id, *record)
 
     async def enqueue(
         self, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict
     ) -> Ending | None:
         """Put the run into the queue, or record why it may not; give why. Raise TooManyRuns."""
         async with self._database.transaction(caller.tenant_id) as session:
-            run = await self._received(session, caller, policy, question, is_durable=True)
+            opened = await self._received(session, caller, policy, question, verdict, is_durable=True)
+            run = opened.run
             run.attempt = 0  # the first claim is the first attempt
             await self._dispatch.admit(session, caller.tenant_id)
-            refused = _denial(run, verdict)
-            await repository.add(session, run, lease_s=0, denied=refused, state=State.QUEUED)
-            await contents.add(session, run, contents.Kind.QUERY, question.text)
             if run.conversation_id is not None:
                 await conversations.join(session, run, run.conversation_id)  # what is at work there, it waits for
-            opened = Opened(run, question.text, denied=refused)
-            if refused is None:
-                opened = await self._stopped(session, opened)
-            begun = _begun(opened, recording.queued(run))
-            await audit.append(session, caller.tenant_id, *recording.received(run, question.text, verdict), *begun)
+            await self._add(session, opened, verdict, recording.queued(run), state=State.QUEUED)
             await _tell(session, opened, EventKind.RUN_QUEUED)
             if opened.denied is None:
                 await self._dispatch.defer(session, caller.tenant_id, run.run_id)
@@ -214,7 +210,8 @@ class Opening:
         verdict: Verdict,
     ) -> Opened | Unclaimed:
         before = (await session.execute(_LOCKED, {"run_id": run_id})).one()
-        run = await self._new_run(session, caller, policy, run_id, is_durable=True)
+        known = await callers.look_at(session, self._keyring, caller)
+        run = self._new_run(known, caller, policy, run_id, is_durable=True)
         run.conversation_id = before.conversation_id
         attempt = await repository.claim(
             session, run_id, lease_s=self._lease_s, policy_version=policy.version, model=run.model
@@ -230,7 +227,9 @@ class Opening:
         is_untouched = not run.messages and not run.calls  # then it is as if it came only now
         if is_untouched and opened.denied is None:
             opened = replace(opened, denied=_denial(run, verdict))
-        opened = await self._stopped(session, opened)
+        if opened.denied is None:
+            (orders,) = await read_orders(session, [run_id])
+            opened = _stopped(opened, orders.stop, known)
         if opened.denied is not None:
             await self._leave_unknown(session, run)
         if before.state == State.RUNNING:
@@ -238,15 +237,12 @@ class Opening:
             await self._settle_dead(session, run, before_it, goes_on=opened.denied is None)
         elif opened.denied is not None and not is_first:
             await self._budgets.count(
-                session,
-                run.caller.tenant_id,
-                run.run_id,
-                user_id=run.caller.user_id,
-                model=run.model,
-                turns=run.model_turns,
+                session, caller.tenant_id, run_id, user_id=caller.user_id, model=run.model, turns=run.model_turns
             )
         if opened.denied is None:
             opened = await self._room(session, opened)
+        if opened.denied is not None:
+            await repository.finish(session, run, opened.denied, opened.cause)
         record = [recording.screened(run, verdict)] if is_untouched else []
         record += _begun(opened, recording.started(run) if is_first else recording.resumed(run))
         await audit.append(session, caller.tenant_id, *record)
@@ -293,32 +289,38 @@ class Opening:
     async def _find(self, tenant_id: UUID, run_id: UUID) -> tuple[Caller, str] | Unclaimed:
         async with self._database.transaction(tenant_id) as session:
             row = (await session.execute(_QUEUED, {"run_id": run_id})).one_or_none()
-            if row is None or row.state not in {State.QUEUED, State.RUNNING}:
+            # Whoever has erased the user is ending it.
+            if row is None or row.state not in {State.QUEUED, State.RUNNING} or row.is_erased:
                 return Unclaimed.GONE
             if row.is_held:
                 return Unclaimed.HELD
             role = Role(row.role)
             caller = Caller(tenant_id, row.user_id, role, SCOPES_OF[role], row.generation, row.key_id)
-            if (await tenants.get_user(session, caller.user_id)).wrapped_key is None:
-                return Unclaimed.GONE  # whoever has erased the user is ending it
-            key, _ = await self._keys(session, caller)
-            return caller, await contents.read(session, key, run_id, contents.Kind.QUERY) or ""
+            known = await callers.look_at(session, self._keyring, caller)
+            return caller, await contents.read(session, known.user_key, run_id, contents.Kind.QUERY) or ""
 
     async def _received(
-        self, session: AsyncSession, caller: Caller, policy: ActivePolicy, question: Question, *, is_durable: bool
-    ) -> RunContext:
+        self,
+        session: AsyncSession,
+        caller: Caller,
+        policy: ActivePolicy,
+        question: Question,
+        verdict: Verdict,
+        *,
+        is_durable: bool,
+    ) -> Opened:
         """The first of its transaction: a twin that has the same Idempotency-Key waits here, and begins nothing."""
         if question.once is not None:
             await question.once.claim(session, caller.tenant_id, question.run_id)
-        run = await self._new_run(
-            session, caller, policy, question.run_id, is_durable=is_durable, is_live=question.is_live
-        )
+        known = await callers.look_at(session, self._keyring, caller)
+        run = self._new_run(known, caller, policy, question.run_id, is_durable=is_durable, is_live=question.is_live)
         run.conversation_id = question.conversation_id
-        return run
+        opened = Opened(run, question.text, denied=_denial(run, verdict))
+        return opened if opened.denied is not None else _stopped(opened, known.stop, known)
 
-    async def _new_run(
+    def _new_run(
         self,
-        session: AsyncSession,
+        known: Known,
         caller: Caller,
         policy: ActivePolicy,
         run_id: UUID,
@@ -326,25 +328,16 @@ class Opening:
         is_durable: bool,
         is_live: bool = True,
     ) -> RunContext:
-        content_key, tenant_key = await self._keys(session, caller)
-        events = self._events.log(run_id, caller.tenant_id, content_key, is_live=is_live)
+        events = self._events.log(run_id, caller.tenant_id, known.user_key, is_live=is_live)
         return RunContext(
-            run_id, caller, policy, content_key=content_key, hash_key=tenant_key, events=events, is_durable=is_durable
+            run_id,
+            caller,
+            policy,
+            content_key=known.user_key,
+            hash_key=known.tenant_key,
+            events=events,
+            is_durable=is_durable,
         )
-
-    async def _keys(self, session: AsyncSession, caller: Caller) -> tuple[SecretKey, SecretKey]:
-        """The user's, which seals texts, and the tenant's, which makes keyed hashes."""
-        tenant_key = await open_tenant_key(session, self._keyring, caller.tenant_id)
-        user = await tenants.get_user(session, caller.user_id)
-        return tenant_keys.open_user_key(tenant_key, user.wrapped_key, user_id=user.id), tenant_key
-
-    async def _stopped(self, session: AsyncSession, opened: Opened) -> Opened:
-        """Ended before it begins where a kill switch holds, or the caller or the policy was stopped meanwhile."""
-        if opened.denied is None and (cause := await _stop_of(session, opened.run)) is not None:
-            opened = replace(opened, denied=cancelled(cause), cause=cause)
-        if opened.denied is not None:
-            await repository.finish(session, opened.run, opened.denied, opened.cause)
-        return opened
 
     async def _room(self, session: AsyncSession, opened: Opened) -> Opened:
         """With what it may use set aside, and its history; raise _NoRoom where others have to end first."""
@@ -356,16 +349,14 @@ class Opening:
         refusal = await self._budgets.reserve(session, run)
         if isinstance(refusal, Busy):
             raise _NoRoom(refusal)
-        if refusal is not None:
-            await repository.finish(session, run, refusal, None)
         return replace(opened, denied=refusal)
 
 
-async def _stop_of(session: AsyncSession, run: RunContext) -> StopCause | None:
-    (orders,) = await read_orders(session, [run.run_id])
-    if orders.stop is None and await published_version(session) != run.policy.version:
-        return StopCause.POLICY_REVOKED  # replaced between the request and its run: it begins under no old version
-    return orders.stop
+def _stopped(opened: Opened, stop: StopCause | None, known: Known) -> Opened:
+    """Ended before it begins where a kill switch holds, or the caller or the policy was stopped meanwhile."""
+    if stop is None and known.policy_version != opened.run.policy.version:
+        stop = StopCause.POLICY_REVOKED  # replaced between the request and its run: it begins under no old version
+    return opened if stop is None else replace(opened, denied=cancelled(stop), cause=stop)
 
 
 def _denial(run: RunContext, verdict: Verdict) -> Ending | None:
@@ -387,4 +378,4 @@ async def _tell(session: AsyncSession, opened: Opened, kind: EventKind) -> None:
         run.events.emit(kind, {"policy_version": run.policy.version, "attempt": run.attempt})
     else:
         recording.tell_ended(run, opened.denied)
-    await run.events.write(session)
+    await run.events.write(session, attempt=run.attempt)

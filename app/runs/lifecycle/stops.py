@@ -16,23 +16,25 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.caller import PLATFORM_TENANT
 from app.runs.state import StopCause
 
-# The validity of tenant, user and key as of now; nothing here is cached.
-_ORDERS: Final = text("""
-select r.id, r.state, r.attempt, r.cancel_cause,
+# The validity of tenant, user and key as of now, and what is switched off; nothing here is cached.
+STANDING: Final = """
        t.status <> 'active' as tenant_disabled,
        u.disabled_at is not null as user_disabled,
        k.id is not null and (k.revoked_at is not null or k.expires_at <= now()) as key_revoked,
        array(
            select distinct s.scope || ':' || coalesce(s.target, '')
            from kill_switches s
-           where s.tenant_id in (r.tenant_id, :platform) and s.lifted_at is null
+           where s.tenant_id in (t.id, :platform) and s.lifted_at is null
        ) as switches
+"""
+_ORDERS: Final = text(f"""
+select r.id, r.state, r.attempt, r.cancel_cause, {STANDING}
 from runs r
 join tenants t on t.id = r.tenant_id
 join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
 left join api_keys k on k.tenant_id = r.tenant_id and k.id = r.key_id
 where r.id = any(:run_ids)
-""")
+""")  # noqa: S608  ours
 _HELD: Final = text(f"{_ORDERS.text} for share of r")
 
 
@@ -63,20 +65,23 @@ async def read_orders(session: AsyncSession, run_ids: Sequence[UUID], *, holds: 
 
 
 def _orders(row: Row[Any]) -> Orders:
-    switches = [switch.partition(":") for switch in row.switches]
+    switches = _switches(row)
     return Orders(
         run_id=row.id,
-        stop=_cause(row, {scope for scope, _, _ in switches}),
+        stop=StopCause(row.cancel_cause) if row.cancel_cause is not None else stop_of(row),
         running_as=row.attempt if row.state == "running" else None,
         stopped_servers=frozenset(target for scope, _, target in switches if scope == "server"),
         stopped_tools=frozenset(target for scope, _, target in switches if scope == "tool"),
     )
 
 
-def _cause(row: Row[Any], scopes: set[str]) -> StopCause | None:
-    if row.cancel_cause is not None:
-        return StopCause(row.cancel_cause)
-    if scopes & {"all", "tenant"}:
+def _switches(row: Row[Any]) -> list[tuple[str, str, str]]:
+    return [switch.partition(":") for switch in row.switches]
+
+
+def stop_of(row: Row[Any]) -> StopCause | None:
+    """Why nothing of a caller of that STANDING may go on, or begin."""
+    if {scope for scope, _, _ in _switches(row)} & {"all", "tenant"}:
         return StopCause.KILL_SWITCH
     if row.tenant_disabled:
         return StopCause.TENANT_DISABLED

@@ -17,7 +17,6 @@ from pydantic import Field
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
 from app.audit.outbox import Outbox
-from app.audit.repository import Row
 from app.auth.dependencies import Paging, TheDatabase, TheKeyring, of_app, paging, requires
 from app.caller import Caller
 from app.db import Database
@@ -28,6 +27,7 @@ from app.scopes import Scope
 from app.tenants import repository
 from app.tenants.service import open_tenant_key
 from app.tenants.workspaces import WorkspaceStore
+from app.writes import Row
 
 _ANY_TYPE: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}

@@ -12,11 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, cast
 
+import httpx
 import openai
 import pytest
 import structlog
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
+from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatResult
 from langchain_openai import ChatOpenAI
@@ -26,7 +28,9 @@ from mcp_use import MCPAgent, MCPClient
 from mcp_use.client.middleware import CallbackClientSession, Middleware, MiddlewareManager
 from pydantic import AnyUrl
 
+from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
 from app.policies.engine import PinnedTool
+from app.runs.agent.chats import Chats
 from app.runs.agent.gate import Gate
 from app.runs.agent.governed import GovernedAgent, GovernedChat, _offered
 from app.runs.redaction import Redactor
@@ -211,6 +215,60 @@ def test_the_members_of_a_chat_that_we_use_are_there() -> None:
     assert "_agenerate" in vars(ChatOpenAI.__mro__[1]) or "_agenerate" in vars(ChatOpenAI)
 
 
+async def test_a_loop_that_is_told_to_stream_nothing_makes_every_turn_all_the_same() -> None:
+    hook, model = _Hook(), _Scripted(model="none", base_url="http://127.0.0.1:9/v1", api_key=lambda: "none")
+    graph = create_agent(model=model, tools=[_offered(_TOOL)], middleware=[hook])
+    config: Any = {"callbacks": []}
+    given = [step async for step in graph.astream({"messages": [HumanMessage(content="go")]}, config, stream_mode=[])]
+    assert given == []
+    assert sorted(hook.seen) == ["docs__act", "never_offered"]
+    assert model.turns == 2
+
+
+async def test_a_turn_is_asked_for_by_the_method_that_we_replace() -> None:
+    """With the tools that were bound, and whatever else LangChain's own would have passed on."""
+    seen: dict[str, Any] = {}
+
+    class Noting(_Scripted):
+        async def _agenerate(
+            self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any
+        ) -> ChatResult:
+            seen.update(kwargs, messages=messages, stop=stop)
+            return await super()._agenerate(messages, stop, run_manager, **kwargs)
+
+    model = Noting(model="none", base_url="http://127.0.0.1:9/v1", api_key=lambda: "none")
+    message = await model.bind_tools([_offered(_TOOL)], tool_choice="any").ainvoke([HumanMessage(content="go")])
+    ours, seen = seen, {}
+    assert isinstance(message, AIMessage)
+    assert [call["name"] for call in message.tool_calls] == ["docs__act", "never_offered"]
+    await BaseChatModel.ainvoke(model, [HumanMessage(content="go")], **{k: ours[k] for k in ("tools", "tool_choice")})
+    assert seen == ours
+    parameters = list(inspect.signature(BaseChatModel.ainvoke).parameters)
+    assert list(inspect.signature(GovernedChat.ainvoke).parameters) == parameters
+
+
+def test_the_headers_of_a_chat_are_those_of_openais_client_without_what_they_tell_of_us() -> None:
+    endpoint = ModelEndpoint("http://127.0.0.1:9/v1/", "the-key", ("a",))
+    client = httpx.AsyncClient()
+    made = Chats(ModelCatalogue({"default": endpoint}), client, timeout_s=1, retries=0).get(
+        "default", None, temperature=0
+    )
+    sent_to = made._endpoint
+    assert sent_to is not None
+    assert (sent_to.client, str(sent_to.url)) == (client, "http://127.0.0.1:9/v1/chat/completions")
+    assert sent_to.headers["Authorization"] == "Bearer the-key"
+    assert sent_to.headers["Content-Type"] == sent_to.headers["Accept"] == "application/json"
+    assert not any("stainless" in name.lower() for name in sent_to.headers)
+    assert "the-key" not in repr(made) + repr(sent_to)
+    theirs = {name.lower() for name in made.root_async_client.default_headers}
+    assert any("stainless" in name for name in theirs)
+
+
+async def test_a_chat_that_is_sent_nowhere_sends_nothing() -> None:
+    with pytest.raises(LookupError):
+        await chat().ainvoke("hello")
+
+
 def test_arguments_that_are_no_json_are_named_as_invalid() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "docs__act", "arguments": "{no"}}
     answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": None, "tool_calls": [call]}}]}
@@ -222,7 +280,10 @@ def test_arguments_that_are_no_json_are_named_as_invalid() -> None:
 class _Scripted(GovernedChat):
     """Calls two tools in one turn, then answers; no network."""
 
+    turns: int = 0
+
     async def _agenerate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        self.turns += 1
         names = [] if messages[-1].type == "tool" else ["docs__act", "never_offered"]
         calls = [
             {"id": name, "type": "function", "function": {"name": name, "arguments": '{"mode": "a"}'}} for name in names

@@ -92,7 +92,7 @@ async def waiting_run(
         run_id = new_id()
         log = state.events.log(run_id, caller.tenant_id, key, is_live=False)
         run = RunContext(run_id, caller, policy, content_key=key, hash_key=tenant_key, events=log)
-        await repository.add(session, run, lease_s=60, denied=None)
+        repository.add(session, run, lease_s=60, denied=None)
         for sequence, arguments in enumerate((ARGUMENTS, *more), start=1):
             call = Call(sequence, TOOL, arguments, 1, sequence - 1, decision=Decision.hold(RULE, ""))
             run.calls.append(call)
@@ -100,11 +100,11 @@ async def waiting_run(
             await session.execute(
                 insert(ToolCall).values(tenant_id=caller.tenant_id, run_id=run_id, sequence=sequence, **row)
             )
-            await contents.add(session, run, contents.Kind.ARGUMENTS, canonical(arguments), sequence=sequence)
+            contents.add(session, run, contents.Kind.ARGUMENTS, canonical(arguments), sequence=sequence)
         assert await repository.suspend(session, run)
         for call in run.calls:
             await approvals.request(session, run, call, expires_s=expires_s)
-        await run.events.write(session)
+        await run.events.write(session, attempt=run.attempt)
         found = select(Approval.id).where(Approval.run_id == run_id).order_by(Approval.sequence)
         ids = tuple((await session.scalars(found)).all())
     return Waiting(run, ids, state.database)

@@ -170,7 +170,9 @@ async def test_a_queued_run_says_how_many_are_before_it(history: History, ids: d
 
 
 async def cancel(client: Client, run_id: str) -> int:
-    return (await client.post(f"/v1/runs/{run_id}/cancel")).status_code
+    answer = await client.post(f"/v1/runs/{run_id}/cancel")
+    assert bool(answer.content) == answer.is_error, "what is done needs no word"
+    return answer.status_code
 
 
 @pytest.mark.parametrize("state", ["queued", "waiting_approval"])

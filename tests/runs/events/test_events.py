@@ -71,7 +71,7 @@ class Ground:
         log = events.log(run_id, UUID(self.tenant.id), self.key, is_live=is_live)
         log.emit(EventKind.RUN_STARTED, _OPEN)
         async with self.transaction() as session:
-            await log.write(session)
+            await log.write(session, attempt=1)
         return log
 
     async def stored(self, run_id: UUID) -> list[tuple[int, str, Any]]:
@@ -180,7 +180,7 @@ async def test_what_a_transaction_takes_back_is_told_by_whoever_goes_on_with_the
     log.emit(EventKind.RUN_FINISHED, {"status": "succeeded"})
     with suppress(ZeroDivisionError):
         async with ground.transaction() as session:
-            await log.write(session)
+            await log.write(session, attempt=1)
             await asyncio.wait_for(hub.flush(), 5)  # which waits for the transaction's end, and not in the database
             raise ZeroDivisionError
     await hub.flush()
@@ -195,7 +195,7 @@ async def test_a_run_that_nobody_follows_writes_with_its_ending(ground: Ground, 
     await hub.flush()
     assert len(await ground.stored(run_id)) == 1
     async with ground.transaction() as session:
-        await log.write(session)
+        await log.write(session, attempt=1)
     assert len(await ground.stored(run_id)) == 2
 
 
@@ -208,7 +208,7 @@ async def test_a_run_that_is_taken_up_goes_on_with_the_numbers(ground: Ground, h
         log = hub.log(run_id, UUID(ground.tenant.id), ground.key, is_live=True)
         log.go_on_after(await events.last(session, run_id))
         log.emit(EventKind.RUN_RESUMED, {"policy_version": 1, "attempt": 2})
-        await log.write(session)
+        await log.write(session, attempt=2)
     log.emit(EventKind.USAGE, {"turn": 1})
     await hub.flush()
     assert [number for number, _, _ in await ground.stored(run_id)] == [1, 2, 3, 4]

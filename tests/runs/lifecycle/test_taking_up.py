@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
+from app import writes
 from app.caller import Caller
 from app.db import new_id
 from app.limits.budgets import Limits, Tokens
@@ -121,7 +122,8 @@ async def test_nobody_ends_a_run_between_the_look_at_its_orders_and_the_decision
     database = service.app.state.database
     (call,) = asks(run, "a.md")
     async with database.transaction(run.caller.tenant_id) as stall:
-        await contents.add(stall, run, contents.Kind.TURN, run.messages[0], sequence=1)
+        contents.add(stall, run, contents.Kind.TURN, run.messages[0], sequence=1)
+        await writes.send(stall)
         deciding = asyncio.create_task(journal.record(run, call, ALLOWED))
         await waits_for_another(service, run)
         async with database.transaction(run.caller.tenant_id) as other:
@@ -186,7 +188,7 @@ async def test_who_stalls_with_the_account_of_a_tenant_keeps_nobody_from_renewin
     await sql(service, run, "update runs set kind = 'interactive' where id = :id")
     await sql(service, run, _LAPSE)
     async with state.database.transaction(run.caller.tenant_id) as stalled, asyncio.timeout(5):
-        await lock(stalled, [run.caller.tenant_id])
+        await lock(stalled, run.caller.tenant_id)
         with pytest.raises(DBAPIError, match="lock timeout"):
             await reaps(service)
     async with asyncio.timeout(5):

@@ -1,0 +1,36 @@
+"""Puts a result into docs/performance.md: what stands between its markers, and its picture. Nothing is typed by hand.
+
+`<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each section of `tables.sections`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from benchmarks.peers import picture, tables
+from benchmarks.peers.figures import Result
+from benchmarks.subjects import ROOT
+
+PAGE: Final = ROOT / "docs" / "performance.md"
+PICTURE: Final = ROOT / "docs" / "images" / "peers.svg"
+_PLACE: Final = re.compile(r"<!-- figures: (?P<name>[\w ]+) -->\n.*?<!-- end of figures -->", re.DOTALL)
+
+
+def rewrite(path: Path) -> None:
+    """From the result at `path`; raises KeyError where the page wants what the result has not."""
+    result = Result.read(path)
+    PAGE.write_text(filled(PAGE.read_text(), tables.sections(result)))
+    PICTURE.write_text(picture.drawn(result.phases[0]))
+
+
+def filled(page: str, sections: Mapping[str, str]) -> str:
+    """The page with these sections, and nothing else changed."""
+
+    def section(found: re.Match[str]) -> str:
+        name = found["name"]
+        return f"<!-- figures: {name} -->\n\n{sections[name]}\n\n<!-- end of figures -->"
+
+    return _PLACE.sub(section, page)
