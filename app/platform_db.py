@@ -9,8 +9,8 @@ from typing import Any
 import asyncpg
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.exc import DisconnectionError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from app.db import connections, in_trace
 from app.writes import session_of
@@ -22,6 +22,7 @@ class PlatformDatabase:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         event.listen(engine.sync_engine, "connect", _bound)
+        event.listen(engine.sync_engine, "checkout", _open)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -40,7 +41,7 @@ class PlatformDatabase:
         """
         with in_trace("platform"):
             async with self._engine.connect() as connection:
-                driver = await _driver(connection)
+                driver: Any = (await connection.get_raw_connection()).driver_connection
                 try:
                     row = await driver.fetchrow(statement, *values)
                 except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
@@ -48,9 +49,6 @@ class PlatformDatabase:
                 except BaseException:  # the answer may be under way still, and nobody else's question gets it
                     driver.terminate()
                     raise
-                finally:
-                    if driver.is_closed():  # a transaction would not notice it in the pool
-                        await connection.invalidate()
         return None if row is None else dict(row)
 
     @property
@@ -63,14 +61,12 @@ class PlatformDatabase:
         await self._engine.dispose()
 
 
-async def _driver(connection: AsyncConnection) -> asyncpg.Connection:
-    """The driver's own connection, which is open: of one that was closed in the pool, a new one."""
-    driver: Any = (await connection.get_raw_connection()).driver_connection
-    if driver.is_closed():
-        await connection.invalidate()
-        driver = (await connection.get_raw_connection()).driver_connection
-    own: asyncpg.Connection = driver
-    return own
+def _open(connection: Any, _record: object, _proxy: object) -> None:
+    """Of one that was closed in the pool, or came back so, the pool makes a new one: SQLAlchemy sees nothing of what is
+    asked of the driver, and would find out only by the next transaction that fails.
+    """
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError
 
 
 def _bound(connection: DBAPIConnection, _record: object) -> None:

@@ -61,6 +61,30 @@ async def test_a_connection_that_ended_in_the_pool_is_replaced(
     assert after != before
 
 
+async def test_of_many_connections_that_ended_in_the_pool_nobody_is_told(urls: DatabaseUrls, postgres: Any) -> None:
+    many = PlatformDatabase(create_engine(urls.platform, pool_size=4))
+    asking = (many.find_row("select pg_backend_pid() as pid from pg_sleep(0.1)") for _ in range(4))
+    pids = {row["pid"] for row in await asyncio.gather(*asking) if row is not None}
+    superuser = create_async_engine(postgres.url("postgres", "postgres"))
+    async with superuser.begin() as connection:
+        await connection.execute(
+            text("select pg_terminate_backend(pid, 10000) from unnest(cast(:pids as integer[])) as own (pid)"),
+            {"pids": list(pids)},
+        )
+    await superuser.dispose()
+    await asyncio.sleep(0.05)
+    try:
+        found = [await many.find_row(_OURS) for _ in range(2)]
+        async with many.transaction() as session:
+            found.append({"pid": await session.scalar(text(_OURS))})
+        async with many.transaction() as session:
+            found.append({"pid": await session.scalar(text(_OURS))})
+        assert len(pids) == 4
+        assert not pids & {row["pid"] for row in found if row is not None}
+    finally:
+        await many.dispose()
+
+
 async def test_a_question_that_is_given_up_leaves_its_answer_to_nobody(platform: PlatformDatabase) -> None:
     asking = asyncio.create_task(platform.find_row("select 'mine' as a from pg_sleep(0.3)"))
     await asyncio.sleep(0.1)
