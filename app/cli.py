@@ -19,8 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -41,7 +39,7 @@ from app.embedded.demo import ENV_FILE, read_env
 from app.embedded.machine import Machine, rehearsal
 from app.embedded.postgres import role_statements
 from app.errors import AppError, ConfigurationError
-from app.interruption import interruptible, until_interrupted
+from app.interruption import held_back, interruptible, until_interrupted
 from app.keyring import Keyring, new_entry
 from app.listening import bound, url_of
 from app.operator_cli import dumps
@@ -124,12 +122,17 @@ def up() -> None:
         exposure.check_demo(settings, listener)
         settings = machine.settings(settings)
         print(f"Bulkhead starts on {machine.directory} ...", flush=True)
-        # The import is most of a start, and Postgres needs some of that time for itself.
-        with machine.database(settings, partial(import_module, "app.serving")) as urls:
+        with machine.database(settings, meanwhile=_import_service) as urls:
             with _database_explained():
                 migration.upgrade(urls, sandbox_uids=settings.sandbox_uid_range)
             uvloop.run(until_interrupted(_up(machine, settings, urls, listener)))
             print("\nStopped; the data stays.", flush=True)
+
+
+def _import_service() -> None:
+    """Most of a start, of which Postgres needs some for itself."""
+    with held_back():
+        import app.serving  # noqa: F401, PLC0415  as below
 
 
 async def _up(machine: Machine, settings: Settings, urls: DatabaseUrls, listener: socket.socket) -> None:

@@ -59,6 +59,16 @@ async def until_interrupted(work: Coroutine[Any, Any, None]) -> None:
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """What asks to end waits for the end of the block: an extension that is being imported may swallow an interrupt."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Nothing interrupts the block; for the last clean-up, which is bounded in time."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _ASKING}
