@@ -382,7 +382,8 @@ async def test_streams_are_bounded_and_refused_before_anything_begins(ground: Gr
     refused = await user.post("/query", json={"query": "one too many"}, headers=STREAM)
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
     assert (await user.get("/v1/runs")).json()["items"] == []
-    del held
+    for stream in held:
+        ground.following.leave(stream)
     ground.model.turns["room"].released.set()
     assert (await user.post("/query", json={"query": "room"}, headers=STREAM)).status_code == 200, "the control"
 
