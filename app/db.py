@@ -28,6 +28,10 @@ _SET_TENANT = text(
     "select set_config('app.tenant_id', :tenant_id, true),"
     " set_config('idle_in_transaction_session_timeout', '30s', true)"
 )
+# Advisory, since these are given in the order in which they are asked for. Of a row that many share somebody always
+# has a part, and whoever wants it alone may wait for ever.
+_SET_TENANT_AMONG = text(f"{_SET_TENANT.text}, pg_advisory_xact_lock_shared(hashtextextended(:among, 0))")
+_ALONE = text("select pg_advisory_xact_lock(hashtextextended(:among, 0))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,18 @@ def in_trace(role: str) -> AbstractContextManager[Span]:
     )
 
 
+async def alone(session: AsyncSession, tenant_id: UUID, among: str) -> None:
+    """Wait until no transaction of the tenant is `among` these any more, and let none begin before this one is over.
+
+    Before this one locks anything that they may wait for.
+    """
+    await session.execute(_ALONE, {"among": _lock_of(tenant_id, among)})
+
+
+def _lock_of(tenant_id: UUID, among: str) -> str:
+    return f"{among} {tenant_id}"
+
+
 class Database:
     """Transactions of the app role, each of which sees one tenant and nothing else."""
 
@@ -181,14 +197,20 @@ class Database:
         self._engine = engine
 
     @asynccontextmanager
-    async def transaction(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
-        """Commit at the end of the block, roll back where it raises."""
+    async def transaction(self, tenant_id: UUID, *, among: str | None = None) -> AsyncIterator[AsyncSession]:
+        """Commit at the end of the block, roll back where it raises. `among` names those of the tenant that `alone`
+        waits for.
+        """
         with in_trace("app"):
             async with (
                 session_of(self._engine) as session,
                 session.begin(),
             ):
-                await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
+                if among is None:
+                    await session.execute(_SET_TENANT, {"tenant_id": str(tenant_id)})
+                else:
+                    lock = _lock_of(tenant_id, among)
+                    await session.execute(_SET_TENANT_AMONG, {"tenant_id": str(tenant_id), "among": lock})
                 yield session
 
     @property

@@ -12,6 +12,7 @@ from typing import Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app import roles
 from app.auth import keys
 from app.auth.jwks import DEVELOPMENT_ISSUER
 from app.db import DatabaseUrls, create_engine
@@ -20,21 +21,6 @@ from app.embedded.machine import DEMO, OWN_FILE, PLATFORM_FILE
 from app.errors import ConfigurationError
 from app.settings import Settings
 
-# Of the role and of every role that it may become. A role that makes roles may make itself a member of the owner.
-_ROLE: Final = text("""
-select current_user as name,
-    bool_or(r.rolsuper) as is_superuser,
-    bool_or(r.rolbypassrls) as bypasses,
-    bool_or(r.rolcreaterole) as makes_roles,
-    bool_or(r.rolreplication) as copies,
-    bool_or(r.rolname in ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')) as has_files,
-    exists (
-        select from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        where c.relkind in ('r', 'p') and n.nspname <> 'information_schema' and n.nspname not like 'pg\\_%'
-            and pg_has_role(current_user, c.relowner, 'member')
-    ) as is_owner
-from pg_roles r where pg_has_role(current_user, r.oid, 'member')
-""")
 _IS_MIGRATED: Final = text("select to_regclass('issuers') is not null and to_regclass('api_keys') is not null")
 _OF_DEMO: Final = text("""
 select exists (select from issuers where issuer = :issuer)
@@ -117,21 +103,13 @@ async def check_database(settings: Settings, urls: DatabaseUrls, listener: socke
 
 
 async def _checked_role(connection: AsyncConnection, setting: str) -> str:
-    found = (await connection.execute(_ROLE)).one()
-    faults = {
-        "is a superuser, or may become one": found.is_superuser,
-        "has BYPASSRLS, or may become a role that has": found.bypasses,
-        "owns tables, or may become their owner": found.is_owner,
-        "makes roles, so it may become their owner": found.makes_roles,
-        "has REPLICATION, so it may copy the whole of the server": found.copies,
-        "reaches the files or programs of the database's server": found.has_files,
-    }
-    if fault := next((words for words, holds in faults.items() if holds), None):
+    role = await roles.examine(connection)
+    if role.faults:
         raise ConfigurationError(
-            f"{setting}: the role {found.name} {fault}, so row-level security does not keep tenants apart. {_ROLES}"
+            f"{setting}: the role {role.name} {role.faults[0]}, so row-level security does not keep tenants apart."
+            f" {_ROLES}"
         )
-    name: str = found.name
-    return name
+    return role.name
 
 
 async def _check_no_demo(connection: AsyncConnection, data_dir: Path) -> None:

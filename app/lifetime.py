@@ -19,10 +19,11 @@ from app.audit.sealer import Sealer
 from app.caller import PLATFORM_TENANT
 from app.errors import ConfigurationError
 from app.housekeeping import keep_house
+from app.limits import service as limits
 from app.platform_db import PlatformDatabase
 from app.sandbox import cgroup_search
 from app.settings import Settings
-from app.telemetry import logs, metrics
+from app.telemetry import labels, logs, metrics
 from app.tenants.workspaces import WorkspaceStore
 
 _log = structlog.get_logger()
@@ -59,6 +60,8 @@ async def _open(state: Any, stack: AsyncExitStack, *, keeps_record: bool) -> Non
         await to_thread.run_sync(state.head_file.check)
         stack.push_async_callback(_finish_record, state.sealer, state.head_file)
     stack.push_async_callback(state.outbox.close)
+    stack.push_async_callback(state.raised.finish)
+    stack.push_async_callback(state.authenticator.finish)
     await state.stored_models.refresh()
     stack.push_async_callback(state.workspaces.close)
     await _check_quota(state.settings, state.workspaces)
@@ -83,11 +86,19 @@ def _loops(state: Any) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
             state.authenticator,
             state.platform,
             state.outbox,
+            state.raised.flush,
             state.remembered.forget_erased,
             state.expire_approvals,
             partial(state.dispatch.measure, state.watching),
+            partial(_measure_budgets, state.watching),
         ),
     )
+
+
+async def _measure_budgets(watching: PlatformDatabase) -> None:
+    if labels.shown():
+        async with watching.transaction() as session:
+            await limits.measure(session)
 
 
 def _record_loops(state: Any) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:

@@ -12,8 +12,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 
 from app import VERSION, api_docs, operations, parameters, parts, problems, replays
 from app.audit import endpoints as audit_endpoints
-from app.audit.events import Event, EventType
-from app.audit.outbox import Outbox
+from app.audit.raised import Raised, RaisedErrors
 from app.auth import endpoints as auth_endpoints
 from app.caller import PLATFORM_TENANT
 from app.checklist import endpoints as checklist_endpoints
@@ -63,7 +62,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the Host header says
-        responses=problems.responses(400, 408, 414, 422, 429, 431, 500, 503),  # what any route may have to say
+        # What any route may have to say. Not 500: that is a defect, which nobody is promised.
+        responses=problems.responses(400, 408, 414, 422, 429, 431, 503),
         lifespan=_lifespan,
     )
     labels.show_tenants(settings.metrics_tenants)
@@ -100,14 +100,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _record_failure(request: Request, problem: AppError, error: Exception) -> None:
     """What a caller was told, by the name of what has failed: its text may say too much."""
-    outbox: Outbox = request.app.state.outbox
+    errors: RaisedErrors = request.app.state.raised
     user_id = getattr(request.state, "user_id", None)
-    data = {
-        "request_id": request.state.request_id,
-        "route": getattr(request.scope.get("route"), "path", "none"),
-        "status": problem.status,
-        "code": problem.code,
-        "error": type(error).__name__,
-    }
-    event = Event(EventType.ERROR_RAISED, actor_id=UUID(user_id) if user_id else None, data=data)
-    outbox.put(getattr(request.state, "tenant_id", PLATFORM_TENANT), event)
+    raised = Raised(
+        getattr(request.state, "tenant_id", PLATFORM_TENANT),
+        getattr(request.scope.get("route"), "path", "none"),
+        problem.status,
+        problem.code,
+        type(error).__name__,
+    )
+    errors.note(raised, actor_id=UUID(user_id) if user_id else None, request_id=request.state.request_id)

@@ -11,6 +11,7 @@ from app import run_parts
 from app.audit.aggregate import MinuteCounts
 from app.audit.heads import HeadFile
 from app.audit.outbox import Outbox
+from app.audit.raised import RaisedErrors
 from app.audit.retention import Retention
 from app.audit.sealer import Sealer
 from app.audit.signing import Signers, read_keys
@@ -21,7 +22,7 @@ from app.cursors import Cursors
 from app.db import Database, DatabaseUrls, create_engine
 from app.errors import ConfigurationError
 from app.keyring import Keyring
-from app.limits.admission import Admission
+from app.limits.admission import Admission, Most
 from app.limits.attempts import Attempts
 from app.limits.rates import TIMEOUT_S, RateLimiter
 from app.limits.shared import SharedWindows
@@ -147,7 +148,8 @@ def _build_watched(
     watching: PlatformDatabase, keyring: Keyring, models: ModelCatalogue, redact: Redactor
 ) -> dict[str, Any]:
     stored = StoredModels(platform=watching, keyring=keyring, catalogue=models, conceal=redact.learn)
-    return {"outbox": Outbox(watching), "catalogue": models, "stored_models": stored}
+    outbox = Outbox(watching)
+    return {"outbox": outbox, "raised": RaisedErrors(outbox), "catalogue": models, "stored_models": stored}
 
 
 def _build_clients(settings: Settings, *, has_rehearsal: bool) -> tuple[httpx.AsyncClient, httpx.AsyncClient]:
@@ -175,6 +177,8 @@ def _caps(settings: Settings) -> Caps:
         settings.policy_max_tokens_per_day,
         None if cost is None else micro_usd(cost),
         settings.policy_max_tool_calls_per_day,
+        settings.policy_max_requests,
+        settings.policy_max_tenant_requests,
     )
 
 
@@ -191,9 +195,10 @@ def _build_limits(settings: Settings, database: Database, platform: PlatformData
     url = settings.limits_url
     shared = SharedWindows(url.get_secret_value(), timeout_s=50 * TIMEOUT_S) if url else None
     limiter = RateLimiter(shared, replicas=settings.replicas)
+    most = Most(settings.policy_max_requests, settings.policy_max_tenant_requests)
     return {
         "rate_limiter": limiter,
-        "admission": Admission(limiter, database, api_rate=settings.api_rate),
+        "admission": Admission(limiter, database, api_rate=settings.api_rate, most=most),
         "gate": Attempts(limiter, platform, address_rate=settings.address_rate),
     }
 

@@ -169,6 +169,9 @@ class Settings(BaseSettings):
     policy_max_tokens_per_day: Annotated[int, Field(ge=1)] | None = None
     policy_max_cost_usd_per_day: Annotated[str, Field(pattern=_USD)] | None = None
     policy_max_tool_calls_per_day: Annotated[int, Field(ge=1)] | None = None
+    # Of queries in a moving window, of one user and of the tenant: both hold whatever has been published.
+    policy_max_requests: Annotated[str, Field(pattern=_RATE)] = "6000/minute"
+    policy_max_tenant_requests: Annotated[str, Field(pattern=_RATE)] = "6000/minute"
 
     # Runs that one process has under way at once. Those beyond wait in turn: so many, so many of one tenant, so long.
     runs_max: Annotated[int, Field(ge=1)] = 64
@@ -193,7 +196,7 @@ class Settings(BaseSettings):
     # Background runs of one tenant: under way or next at once, on all workers together, and queued.
     background_per_tenant: Annotated[int, Field(ge=1)] = 8
     background_queued: Annotated[int, Field(ge=1)] = 10_000
-    # How many processes may die with a background run, or lose the database under it, before it is given up.
+    # How many processes may die with a background run, lose the database under it, or fail to take it up.
     run_attempts: Annotated[int, Field(ge=1)] = 5
     # How long runs under way may go on once their process is asked to end, in seconds.
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 25

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -31,7 +32,9 @@ from app.errors import AppError, ConfigurationError
 from app.listening import listening
 from app.platform_db import PlatformDatabase
 from app.runs.dispatch import DEAD_AFTER_S, SWEEP_S, Dispatch
+from app.runs.lifecycle import unclaimable
 from app.runs.service import RunService, Worked
+from app.runs.state import INTERNAL
 from app.sandbox.choice import ProbedSandbox
 from app.servers import templates
 from app.settings import Settings
@@ -102,12 +105,16 @@ class Worker:
         database: Database,
         platform: PlatformDatabase,
         places: int,
+        attempts: int,
     ) -> None:
         self._runs = runs
         self._dispatch = dispatch
         self._database = database
         self._platform = platform
         self._places = places
+        self._attempts = attempts
+        # Of the runs, which go on where the engine with its own places does not.
+        self._free = asyncio.Semaphore(places)
         self._app = App(
             connector=PsycopgConnector(conninfo=conninfo(url), min_size=1, max_size=4, timeout=10, configure=_configure)
         )
@@ -150,11 +157,17 @@ class Worker:
     async def _do(self, tenant_id: str, run_id: str) -> None:
         """What a job asks for. Its end is not the work's: procrastinate ends jobs where it loses the database."""
         run = UUID(run_id)
+        await self._free.acquire()
         if self._is_stopped or run in self._works:
+            self._free.release()
             return  # fetched in the moment of the end; the next sweep finds it without a job
         work = self._works[run] = asyncio.create_task(self._work(UUID(tenant_id), run), name=f"work {run}")
-        work.add_done_callback(lambda _: self._works.pop(run))
+        work.add_done_callback(partial(self._let_go, run))
         await asyncio.shield(work)
+
+    def _let_go(self, run_id: UUID, _work: asyncio.Task[None]) -> None:
+        del self._works[run_id]
+        self._free.release()
 
     async def _work(self, tenant_id: UUID, run_id: UUID) -> None:
         try:
@@ -163,13 +176,23 @@ class Worker:
             _log.warning("worker.database_unavailable", error=type(error).__name__)
         except Exception:  # noqa: BLE001  one run's defect must not end the others; it is put off, and tried again
             _log.exception("worker.failed", run_id=str(run_id))
-            worked = Worked.BUSY
+            await self._count_failure(tenant_id, run_id)
+            return
         else:
             if worked is not Worked.BUSY:
                 return
         with suppress(*_DATABASE_LOST):  # then the next sweep finds it without a job
             async with self._database.transaction(tenant_id) as session:
                 await self._dispatch.put_off(session, tenant_id, run_id)
+
+    async def _count_failure(self, tenant_id: UUID, run_id: UUID) -> None:
+        """Nothing happens to one that was taken up, and whose end has failed: its lease runs out."""
+        has_ended = False
+        with suppress(*_DATABASE_LOST):
+            async with self._database.transaction(tenant_id) as session:
+                has_ended = await unclaimable.count(session, self._dispatch, tenant_id, run_id, attempts=self._attempts)
+        if has_ended:
+            metrics.count_run(tenant_id, INTERNAL.state.value, INTERNAL.code)
 
     async def _sweep(self) -> None:
         while True:
@@ -222,6 +245,7 @@ async def at_work(state: Any, urls: DatabaseUrls, *, drain_s: float) -> AsyncIte
         database=state.database,
         platform=state.platform,
         places=state.settings.worker_runs,
+        attempts=state.settings.run_attempts,
     )
     async with AsyncExitStack() as stack:
         task = lifetime.start(stack, worker.keep(), "worker")

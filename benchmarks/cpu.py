@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -51,13 +53,32 @@ def spent(root: psutil.Process, *beside: psutil.Process) -> Cpu:
 
 
 def memory(root: psutil.Process, *beside: psutil.Process) -> dict[str, dict[str, int]]:
-    """Bytes by part: `rss`; `pss`, in which what several processes share is counted once; `uss` without that."""
+    """Bytes by part: `rss`; `pss`, in which what several processes share is counted once; `uss` without that.
+
+    `anonymous` is that of `pss` which is neither of a file nor of a shared segment. `processes` counts those as well
+    that have ended and that nobody has waited for.
+    """
     found: dict[str, Counter[str]] = {}
     for part, process in (("process", root), *_others(root, *beside)):
-        with suppress(psutil.NoSuchProcess):
-            sizes = process.memory_full_info()
-            found.setdefault(part, Counter()).update(rss=sizes.rss, pss=sizes.pss, uss=sizes.uss, processes=1)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
+            sizes = _sizes(process)
+            found.setdefault(part, Counter()).update(sizes, processes=1)
     return {part: dict(sizes) for part, sizes in found.items()}
+
+
+def _sizes(process: psutil.Process) -> dict[str, int]:
+    if process.status() == psutil.STATUS_ZOMBIE:
+        return dict.fromkeys(("rss", "pss", "uss", "anonymous"), 0)
+    sizes = process.memory_full_info()
+    return {"rss": sizes.rss, "pss": sizes.pss, "uss": sizes.uss, "anonymous": _anonymous(process)}
+
+
+def _anonymous(process: psutil.Process) -> int:
+    """What psutil does not tell."""
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss_Anon: +(\d+) kB$", rollup, re.MULTILINE)
+    assert found is not None, rollup
+    return int(found[1]) * 1024
 
 
 def _others(root: psutil.Process, *beside: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
@@ -70,7 +91,10 @@ def _others(root: psutil.Process, *beside: psutil.Process) -> Iterator[tuple[str
 def _part(process: psutil.Process) -> str:
     if process.name() == "postgres":
         return "postgres"
-    return "relay" if "app.egress" in process.cmdline() else "tools"
+    with suppress(psutil.ZombieProcess):  # which tells no more than its name
+        if "app.egress" in process.cmdline():
+            return "relay"
+    return "tools"
 
 
 def busy_s() -> float:

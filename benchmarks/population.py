@@ -24,24 +24,7 @@ from app.tenants import keys
 _DATABASE: Final = "bulkhead"
 _VERSION: Final = 1
 # Two lines are each tenant's own, so that no two of them share a policy.
-_POLICY: Final = """\
-schema: bulkhead/1
-model: {use: default}
-instructions: You answer for tenant NUMBER.
-limits:
-  {max_steps: 8, timeout_s: 60, max_tool_calls: 10, requests: 900000/minute, tenant_requests: 900000/minute,
-   concurrent_runs: 1000, user_concurrent_runs: 1000}
-input: {preset: balanced}
-servers:
-  docs: {template: filesystem, root: docs, readonly: true, max_file_size: 1MB, allowed_extensions: [.md, .txt]}
-tools:
-  allow: ["docs__*"]
-  deny: ["*__delete*"]
-  rules: |
-    @id("drafts-of-NUMBER")
-    forbid (principal, action == Action::"docs__read_file", resource)
-    when { context.arguments.path like "drafts-NUMBER/*" };
-"""
+_OWN: Final = {"the tenant's documents": "the documents of tenant NUMBER", "drafts": "drafts-NUMBER"}
 _COLUMNS: Final = {
     "tenants": ("id", "slug", "key_id", "wrapped_key"),
     "users": ("tenant_id", "id", "name", "role", "wrapped_key"),
@@ -65,12 +48,13 @@ class Inhabitant:
 
 
 class Population:
-    """The database of a service that `bulkhead up` runs on `data`, and that has published its benchmark's policy."""
+    """The database of a service that `bulkhead up` runs on `data`, and that has published this policy."""
 
-    def __init__(self, data: Path, tenant_id: str) -> None:
+    def __init__(self, data: Path, tenant_id: str, policy: str) -> None:
         self._url = make_url(EmbeddedPostgres(data / "postgres").url("postgres", _DATABASE))
         self._keyring = Keyring.parse(read_env(data / OWN_FILE)["ROOT_KEYS"])
         self._model = UUID(tenant_id)
+        self._policy = policy
 
     async def settle(self, count: int) -> Sequence[Inhabitant]:
         """Make so many tenants, each with two users, two keys and a policy of its own, whose tools are the demo's."""
@@ -101,7 +85,9 @@ class Population:
         rows["tenants"].append((tenant_id, f"tenant-{number}", sealed.key_id, sealed.blob))
         admin_id, admin_key = self._user(tenant_id, key, "tenant_admin", rows)
         _, user_key = self._user(tenant_id, key, "user", rows)
-        text = _POLICY.replace("NUMBER", str(number))
+        text = self._policy
+        for told, own in _OWN.items():
+            text = text.replace(told, own.replace("NUMBER", str(number)))
         rows["policy_versions"].append((tenant_id, _VERSION, text, documents.digest(text), admin_id))
         rows["published_policies"].append((tenant_id, _VERSION, tools, admin_id))
         rows["policy_publications"].append((tenant_id, new_id(), _VERSION, admin_id))

@@ -157,7 +157,7 @@ class Bulkhead:
 
     def population(self) -> Population:
         """Its database, to be filled with tenants; once it is prepared."""
-        return Population(self._data, self._env["BULKHEAD_DEMO_TENANT"])
+        return Population(self._data, self._env["BULKHEAD_DEMO_TENANT"], _POLICY)
 
     @property
     def url(self) -> str:
@@ -280,6 +280,9 @@ def bulkhead(
         "BULKHEAD_MODEL_API_KEY": "benchmark-needs-no-key",
         "BULKHEAD_MODEL_NAMES": "stub",
         "BULKHEAD_LOG_FILE": str(work / "bulkhead.json"),  # nobody reads stdout here
+        # What its policies ask for, so that no limit but the one that is measured is met.
+        "BULKHEAD_POLICY_MAX_REQUESTS": "900000/minute",
+        "BULKHEAD_POLICY_MAX_TENANT_REQUESTS": "900000/minute",
     }
     with running(launch, work=work, log=log, environment=environment | settings) as child:
         _await(child, data / ENV_FILE, log)

@@ -5,7 +5,8 @@
 
 `receipt.json` is what GET /v1/runs/{run_id}/receipt gave, `keys.json` what GET /.well-known/bulkhead-audit-keys.json
 or `bulkhead audit keys` gave. Take the keys from somewhere that you trust: who can replace them can sign anything.
-`export.ndjson`, from GET /v1/audit/export, has the texts of the events; with it they are checked, too.
+`export.ndjson`, from GET /v1/audit/export, has the texts of the events; with it they are checked, too, and how the run
+ended, which without it is the service's word alone.
 
 Exit status: 0 where everything holds, 1 where a check failed, 2 where a file cannot be read.
 """
@@ -29,6 +30,8 @@ Document = dict[str, Any]
 RECEIPT = "bulkhead.receipt/1"
 HEAD = "bulkhead.audit.head/1"
 DOMAIN = b"bulkhead-audit-1\n"
+# What says under which policy version a run is: the last of them counts.
+OF_POLICY = ("query.screened", "run.started", "run.resumed", "run.finished")
 
 
 class Failed(Exception):
@@ -95,6 +98,7 @@ def verify_events(receipt: Document, lines: Iterable[str]) -> None:
     rows = {row["seq"]: row for row in receipt["rows"]}
     before, head = receipt["spans"][0]["before"], receipt["spans"][-1]["head"]
     seq, link = before["seq"], bytes.fromhex(before["hash"])
+    told: Document = {}
     for line in lines:
         event = json.loads(line)
         # What comes later is no part of what the run did: somebody reads its texts.
@@ -104,23 +108,29 @@ def verify_events(receipt: Document, lines: Iterable[str]) -> None:
             seq += 1
             check(event["seq"] == seq, f"the export lacks row {seq}")
             link = next_link(UUID(receipt["tenant_id"]), seq, link, hashlib.sha256(event["body"].encode()).digest())
-        verify_event(receipt, rows.get(event["seq"]), event)
+        told |= verify_event(receipt, rows.get(event["seq"]), event)
     check(seq == head["seq"], f"the export lacks row {seq + 1}")
     check(link.hex() == head["hash"], "the export has other texts than were sealed")
+    for name, what in (("state", "the run ended as"), ("policy_version", "its policy version was")):
+        check(told.get(name) == receipt[name], f"{what} {told.get(name)!r}, and the receipt says {receipt[name]!r}")
 
 
-def verify_event(receipt: Document, row: Document | None, event: Document) -> None:
-    """What the text says is what the receipt says of its row."""
+def verify_event(receipt: Document, row: Document | None, event: Document) -> Document:
+    """What the text says is what the receipt says of its row; give what it says of the run's end and policy."""
     body = json.loads(event["body"])
     if row is None:
         is_ours = body["run_id"] == receipt["run_id"] and body["type"] != "run.read"
         check(not is_ours, f"row {event['seq']} is of this run and not in the receipt")
-        return
+        return {}
     digest = hashlib.sha256(event["body"].encode()).hexdigest()
     check(digest == row["body_digest"], f"row {row['seq']} of the export has another text than was sealed")
     said = (body["tenant_id"], body["run_id"], body["id"], body["type"])
     named = (receipt["tenant_id"], receipt["run_id"], row["event_id"], row["type"])
     check(said == named, f"row {row['seq']} is another event than the receipt says")
+    if body["type"] not in OF_POLICY:
+        return {}
+    names = ("state", "policy_version") if body["type"] == "run.finished" else ("policy_version",)
+    return {name: body["data"][name] for name in names if name in body["data"]}
 
 
 def main() -> int:
@@ -145,9 +155,12 @@ def main() -> int:
     rows, heads = receipt["rows"], [span["head"] for span in receipt["spans"]]
     run = f"run {receipt['run_id']} of tenant {receipt['tenant_id']}"
     numbers = f"rows {rows[0]['seq']} to {rows[-1]['seq']} of the tenant's record"
-    unseen = "were not looked at, nor whether others were left out: --events takes an export"
+    unseen = "were not looked at, nor whether others were left out"
     texts = "are in the export as they were sealed, and the run has no others there" if given.events else unseen
-    sys.stdout.write(f"VALID: {run} ended as {receipt['state']!r} under policy version {receipt['policy_version']}.\n")
+    ended = f"ended as {receipt['state']!r} under policy version {receipt['policy_version']}"
+    sys.stdout.write(f"VALID: {run} {ended}.\n" if given.events else f"VALID: a receipt of {run}.\n")
+    if not given.events:
+        sys.stdout.write(f"That it {ended} is not proven here: --events takes an export.\n")
     sys.stdout.write(f"Its {len(rows)} events are {numbers}, the last sealed at {heads[-1]['signed_at']}.\n")
     sys.stdout.write(f"Their texts {texts}.\n")
     return 0

@@ -46,6 +46,8 @@ _SETTINGS: dict[str, Any] = {
     # All tests come from one address, and their admins do in a minute what others do in a day.
     "api_rate": "900000/minute",
     "address_rate": "900000/minute",
+    "policy_max_requests": "900000/minute",
+    "policy_max_tenant_requests": "900000/minute",
     "audit_seal_s": 0.3,
     "workspace_quota": "auto" if os.geteuid() == 0 else "volume",
 }
@@ -149,6 +151,22 @@ class Service:
         """The lines that a tool server has written to its stderr: its own journal."""
         path = self.data_dir / "servers" / tenant.id / f"{server}.stderr"
         return path.read_text().splitlines() if path.exists() else []
+
+    def settings_of_another(self) -> dict[str, str]:
+        """What a further process that serves on the same database, with the same model, has to be told."""
+        settings = self.app.state.settings
+        return {
+            "DATABASE_APP_URL": self.urls.app,
+            "DATABASE_PLATFORM_URL": self.urls.platform,
+            "DATABASE_SEALER_URL": self.urls.sealer,
+            "ROOT_KEYS": settings.root_keys.get_secret_value(),
+            "METRICS_TOKEN": self.metrics_token,
+            "MODEL_BASE_URL": settings.model_base_url,
+            "MODEL_API_KEY": settings.model_api_key.get_secret_value(),
+            "MODEL_NAMES": ",".join(settings.model_names),
+            "MODEL_LOOPBACK": "true",
+            "WORKSPACE_QUOTA": settings.workspace_quota,
+        }
 
     async def sql(self, statement: str, *, role: str = "owner", **values: Any) -> list[Any]:
         """Run a statement as one of the roles, without a tenant."""

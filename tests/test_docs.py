@@ -365,6 +365,13 @@ def test_every_target_of_make_is_in_the_readme() -> None:
     assert listed == {f"make {target}" for target in targets}
 
 
+@pytest.mark.parametrize(("start", "folder"), [("README.md", "docs/"), ("docs/index.md", "")])
+def test_every_page_is_found_from_where_readers_begin(start: str, folder: str) -> None:
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / start).read_text())}
+    pages = {f"{folder}{path.name}" for path in (ROOT / "docs").glob("*.md") if path != ROOT / start}
+    assert pages - links == set()
+
+
 # Names, links, addresses
 
 

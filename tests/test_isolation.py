@@ -17,6 +17,7 @@ from sqlalchemy import make_url
 from app.db import DatabaseUrls
 from app.embedded.postgres import EmbeddedPostgres
 from tests.auth.forgery import Issuer
+from tests.openapi import crashing
 from tests.routes import ROLES, Operation
 from tests.runs.approvals.waiting import waiting_run
 from tests.service import POLICY, Client, Databases, Service, Tenant, running_service
@@ -238,7 +239,8 @@ async def unbound(databases: Databases, postgres: EmbeddedPostgres, tmp_path: Pa
 
 async def test_without_row_level_security_the_same_replay_finds_the_first_tenant(unbound: Service) -> None:
     world, other = await new_world(unbound), await unbound.new_tenant(policy=None)
-    answers = {operation: await replay(other.admin, operation, world.ids) for operation in WITH_IDS}
+    with crashing():  # some of what is found does not open
+        answers = {operation: await replay(other.admin, operation, world.ids) for operation in WITH_IDS}
     reached = {operation for operation, answer in answers.items() if answer.status_code in {200, 201, 204}}
     assert Operation("GET", "/v1/users/{user_id}") in reached
     assert Operation("DELETE", "/v1/keys/{key_id}") in reached

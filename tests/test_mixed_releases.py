@@ -1,7 +1,8 @@
-"""The oldest release that today's schema says it works with, as processes beside today's, on one database."""
+"""The oldest release that today's schema says it works with, as processes beside today's, on tomorrow's schema."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shutil
 import socket
@@ -15,11 +16,11 @@ from typing import Final
 import pytest
 
 from app.embedded.machine import rehearsal
-from app.outbound.catalogue import ModelEndpoint
+from app.keyring import new_entry
 from tests.machine.machines import ROOT, Machine
 from tests.runs.faults import ended_run
 from tests.service import DEFAULT_MODEL_POLICY, Client, Databases, Service, Tenant, new_client, running_service
-from tests.test_upgrade import HEAD, floors
+from tests.test_upgrade import EXPANSION, HEAD, floors, upgraded
 
 pytestmark = pytest.mark.long
 QUERY: Final = {"query": "What does welcome.md say?"}
@@ -66,17 +67,20 @@ async def fleet(
     databases: Databases, old_release: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
+    newer = upgraded(databases, folder, declaration=f"works_from = {floors()[HEAD]!r}", body=EXPANSION)
     async with (
         rehearsal() as model,
-        running_service(databases, folder / "data", model=model) as today,
+        running_service(newer, folder / "data", model=model) as today,
     ):
-        machine = Machine(folder / "data", _settings(today, model), checkout=old_release)
+        machine = Machine(folder / "data", {**today.settings_of_another(), "DRAIN_S": "1"}, checkout=old_release)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         serve, worker = machine.spawn("serve", PORT=str(port)), machine.spawn("worker", WORKER_PORT="0")
         try:
             await serve.says('"serving"')
             await worker.says('"working"')
+            for each in (serve, worker):
+                assert '"schema.newer"' in each.printed, "it has met a schema that it does not know"
             tenant = await today.new_tenant(policy=DEFAULT_MODEL_POLICY, files=FILES)
             async with new_client(f"http://127.0.0.1:{port}", tenant.user_key) as old:
                 yield Fleet(today, tenant, old)
@@ -86,23 +90,6 @@ async def fleet(
             for each in (serve, worker):
                 each.process.kill()
                 each.process.wait(10)
-
-
-def _settings(today: Service, model: ModelEndpoint) -> dict[str, str]:
-    """Those of today's service."""
-    settings = today.app.state.settings
-    return {
-        "DATABASE_APP_URL": today.urls.app,
-        "DATABASE_PLATFORM_URL": today.urls.platform,
-        "DATABASE_SEALER_URL": today.urls.sealer,
-        "ROOT_KEYS": settings.root_keys.get_secret_value(),
-        "MODEL_BASE_URL": model.base_url,
-        "MODEL_API_KEY": model.api_key,
-        "MODEL_NAMES": ",".join(model.models),
-        "MODEL_LOOPBACK": "true",
-        "WORKSPACE_QUOTA": settings.workspace_quota,
-        "DRAIN_S": "1",
-    }
 
 
 async def test_queries_are_answered_by_both(fleet: Fleet) -> None:
@@ -118,3 +105,22 @@ async def test_what_either_takes_the_old_worker_executes_and_both_tell(fleet: Fl
         assert (await ended_run(fleet.tenant, accepted["run_id"], within_s=30))["status"] == "succeeded"
         for teller in (fleet.old, fleet.tenant.user):
             assert (await teller.get(f"/v1/runs/{accepted['run_id']}")).json()["status"] == "succeeded"
+
+
+async def test_the_old_release_does_not_start_on_a_schema_that_was_contracted(
+    databases: Databases, old_release: Path, tmp_path: Path
+) -> None:
+    """The control: it is asked what it works on."""
+    contracted = upgraded(databases, tmp_path, declaration="works_from = 'tomorrow'", body=EXPANSION)
+    urls = await asyncio.to_thread(contracted)
+    settings = {
+        "DATABASE_APP_URL": urls.app,
+        "DATABASE_PLATFORM_URL": urls.platform,
+        "DATABASE_SEALER_URL": urls.sealer,
+        "ROOT_KEYS": new_entry("k1"),
+        "MODEL_API_KEY": "any",
+    }
+    machine = Machine(tmp_path / "data", settings, checkout=old_release)
+    for command in ("serve", "worker"):
+        refused = await machine.run(command, WORKER_PORT="0")
+        assert (refused.status, "works with code from tomorrow on" in refused.complaint) == (1, True)

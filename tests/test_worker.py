@@ -110,20 +110,10 @@ async def site(databases: Databases, folder: Any) -> AsyncIterator[Site]:
         slow_model() as (model, endpoint),
         running_service(databases, folder / "data", model=endpoint, **sizes) as service,
     ):
-        settings = service.app.state.settings
         machine = Machine(
             folder / "data",
             {
-                "DATABASE_APP_URL": service.urls.app,
-                "DATABASE_PLATFORM_URL": service.urls.platform,
-                "DATABASE_SEALER_URL": service.urls.sealer,
-                "ROOT_KEYS": settings.root_keys.get_secret_value(),
-                "METRICS_TOKEN": service.metrics_token,
-                "MODEL_BASE_URL": endpoint.base_url,
-                "MODEL_API_KEY": endpoint.api_key,
-                "MODEL_NAMES": ",".join(endpoint.models),
-                "MODEL_LOOPBACK": "true",
-                "WORKSPACE_QUOTA": settings.workspace_quota,
+                **service.settings_of_another(),
                 "MODEL_TIMEOUT_S": "150",
                 "RUN_LEASE_S": str(LEASE_S),
                 "BACKGROUND_PER_TENANT": "24",

@@ -51,6 +51,11 @@ class MinuteCounts(Generic[Key]):
                 count.has_first = False
             raise
 
+    @property
+    def untold(self) -> int:
+        """How many followed a first and are not recorded yet."""
+        return sum(count.others for count in self._counts.values())
+
     def _of(self, key: Key) -> _Count:
         count = self._counts.setdefault((key, _minute() // self._minutes), _Count())
         if len(self._counts) > self._most:
@@ -58,13 +63,14 @@ class MinuteCounts(Generic[Key]):
         return count
 
     @contextmanager
-    def finished(self) -> Iterator[list[tuple[Key, int]]]:
+    def finished(self, *, at_end: bool = False) -> Iterator[list[tuple[Key, int]]]:
         """The keys of minutes that are over with how many followed their first, where any did: 500 at a time.
 
         They are forgotten once the block ends well: a count that could not be recorded is there the next time.
+        `at_end`, once nobody counts any more, those of the minute under way are among them.
         """
         now = _minute() // self._minutes
-        over = [(entry, count.others) for entry, count in self._counts.items() if entry[1] < now]
+        over = [(entry, count.others) for entry, count in self._counts.items() if at_end or entry[1] < now]
         for entry, others in over:
             if not others:
                 del self._counts[entry]

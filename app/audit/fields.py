@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Final
 from uuid import UUID
 
-_MAX_NAME: Final = 1_000
+MAX_NAME: Final = 1_000
 _MAX_NAMES: Final = 1_000
 _ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
@@ -62,7 +62,7 @@ class Schema:
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_NAME
+    return isinstance(value, str) and len(value) <= MAX_NAME
 
 
 def _is_names(value: object) -> bool:

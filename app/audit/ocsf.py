@@ -60,7 +60,16 @@ _CRUD: Final = {
     ),
 }
 _ACCOUNTS: Final = {"created": 1, "enabled": 2, "disabled": 5, "erased": 6}
-_FAILURES: Final = frozenset({"failed", "timed_out", "denied", "unknown", "cancelled", "interrupted", "raised"})
+# Last words of types that tell of a failure, and what fields say where it went well: whatever else they say is one too.
+_FAILURES: Final = _REFUSING | {"failed", "slowed", "raised"}
+_WENT_WELL: Final[Mapping[str, tuple[object, ...]]] = {
+    "allowed": (True,),
+    "decision": ("allowed", "approved", "waiting"),
+    "ended": ("done",),
+    "outcome": ("succeeded", "read"),
+    "state": ("succeeded",),
+}
+_NEW: Final = 1
 _NOT_MADE: Final = frozenset({"unreachable", "tls", "not_recorded"})
 _NETWORK_OPEN, _NETWORK_CLOSE, _NETWORK_FAIL = 1, 2, 4
 
@@ -87,7 +96,7 @@ def event(body: Event, *, seq: int | None = None) -> dict[str, Any]:
         "type_uid": mapped.kind * 100 + mapped.activity_id,
         "time": _milliseconds(body["at"]),
         "severity_id": int(mapped.severity),
-        "status_id": 1 if mapped.is_success else 2,
+        "status_id": _status(mapped),
         "message": body["type"],
         "metadata": _metadata(body, seq),
         **specific,
@@ -124,10 +133,14 @@ def _finding(body: Event, verb: str) -> Severity | None:
 
 def _is_success(body: Event, verb: str) -> bool:
     data = body["data"]
-    said = {verb, *(data.get(name) for name in ("outcome", "decision") if isinstance(data.get(name), str))}
-    if verb == "finished" and isinstance(data.get("state"), str):
-        said.add(data["state"])
-    return not said & (_FAILURES | _REFUSING) and data.get("allowed") is not False
+    return verb not in _FAILURES and all(data[name] in good for name, good in _WENT_WELL.items() if name in data)
+
+
+def _status(mapped: Mapped) -> int:
+    """Success or failure; of a finding, that nobody has looked at it."""
+    if mapped.kind is Class.DETECTION_FINDING:
+        return _NEW
+    return 1 if mapped.is_success else 2
 
 
 def _of_network(body: Event, verb: str) -> int:

@@ -1,18 +1,21 @@
 """Receipts of runs: what stands of a run in the sealed record, signed, to be verified with the public keys alone.
 
-A receipt holds hashes and no text of an event. Its spans lead from the run's rows to signed heads: from the hash
+A receipt holds hashes and no text of an event. How the run ended, and under which policy version, it says as the sealed
+events do: rows of other tables are signed by nobody. Its spans lead from the run's rows to signed heads: from the hash
 `before`, over the digests of all rows from there on, to the head that covers them.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
+import structlog
 from sqlalchemy import and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,9 +26,14 @@ from app.audit.models import AuditEvent, Checkpoint, Link, SignedHead
 from app.audit.signing import Signers
 from app.errors import Conflict, NotFound
 
+_log = structlog.get_logger()
 SCHEMA: Final = "bulkhead.receipt/1"
 # A batch has some thousands of rows: so many are a run that went on for long in a tenant with much to do.
 _MAX_DIGESTS: Final = 100_000
+# What says under which policy a run is; the last of them counts, and the end of a run that nobody executed says none.
+_OF_POLICY: Final = frozenset(
+    {EventType.QUERY_SCREENED, EventType.RUN_STARTED, EventType.RUN_RESUMED, EventType.RUN_FINISHED}
+)
 
 
 class ReceiptNotReady(Conflict):
@@ -43,14 +51,12 @@ class ReceiptTooLarge(Conflict):
     code = "receipt_too_large"
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The run that a receipt is of."""
+class RecordChanged(Conflict):
+    """What the record has of this run is not what was sealed, so there is no receipt. Whoever runs this service should
+    verify it.
+    """
 
-    tenant_id: UUID
-    run_id: UUID
-    policy_version: int
-    state: str
+    code = "record_changed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +65,22 @@ class _Row:
     type: str
     seq: int
     body_digest: bytes
+    data: Mapping[str, Any]
 
 
-async def receipt(session: AsyncSession, signers: Signers, subject: Subject) -> dict[str, Any]:
-    """The signed receipt of a run that has ended. Raise ReceiptNotReady, ReceiptTooLarge, or NotFound once pruned."""
-    rows = await _rows(session, subject.run_id)
+async def receipt(session: AsyncSession, signers: Signers, *, tenant_id: UUID, run_id: UUID) -> dict[str, Any]:
+    """The signed receipt of a run that has ended, as its events have it.
+
+    Raise ReceiptNotReady, ReceiptTooLarge, RecordChanged, or NotFound once pruned.
+    """
+    rows = await _rows(session, run_id)
+    state, policy_version = _ending(rows)
     document = {
         "schema": SCHEMA,
-        "tenant_id": str(subject.tenant_id),
-        "run_id": str(subject.run_id),
-        "policy_version": subject.policy_version,
-        "state": subject.state,
+        "tenant_id": str(tenant_id),
+        "run_id": str(run_id),
+        "policy_version": policy_version,
+        "state": state,
         "rows": [_described(row) for row in rows],
         "spans": await _spans(session, [row.seq for row in rows]),
         "issued_at": chain.timestamp(datetime.now(UTC)),
@@ -88,10 +99,22 @@ def _described(row: _Row) -> dict[str, Any]:
     }
 
 
+def _ending(rows: Sequence[_Row]) -> tuple[str, int]:
+    """The state and the policy version. Raise ReceiptNotReady where no event says that the run has ended."""
+    ends = [row.data for row in rows if row.type == EventType.RUN_FINISHED]
+    if not ends:
+        raise ReceiptNotReady
+    said = [row.data for row in rows if row.type in _OF_POLICY and "policy_version" in row.data]
+    return ends[-1]["state"], said[-1]["policy_version"]
+
+
 async def _rows(session: AsyncSession, run_id: UUID) -> Sequence[_Row]:
+    of_event = and_(
+        Link.tenant_id == AuditEvent.tenant_id, Link.event_id == AuditEvent.id, Link.event_at == AuditEvent.at
+    )
     query = (
-        select(AuditEvent.id, AuditEvent.type, Link.seq, Link.body_digest)
-        .outerjoin(Link, and_(Link.tenant_id == AuditEvent.tenant_id, Link.event_id == AuditEvent.id))
+        select(AuditEvent.id, AuditEvent.type, AuditEvent.body, Link.seq, Link.body_digest)
+        .outerjoin(Link, of_event)
         .where(AuditEvent.run_id == run_id, AuditEvent.type != EventType.RUN_READ)  # which comes long after, too
         .order_by(Link.seq)
     )
@@ -100,7 +123,17 @@ async def _rows(session: AsyncSession, run_id: UUID) -> Sequence[_Row]:
         raise ReceiptNotReady
     if EventType.QUERY_RECEIVED not in {row.type for row in found}:
         raise NotFound  # what the run began with has been pruned
-    return [_Row(row.id, row.type, row.seq, row.body_digest) for row in found]
+    return [_Row(row.id, row.type, row.seq, row.body_digest, _data(row, run_id)) for row in found]
+
+
+def _data(row: Any, run_id: UUID) -> Mapping[str, Any]:
+    """What a sealed event says. Raise RecordChanged where that is not its text."""
+    body = json.loads(row.body) if chain.digest(row.body) == row.body_digest else {}
+    if (body.get("id"), body.get("run_id"), body.get("type")) != (str(row.id), str(run_id), row.type):
+        _log.error("audit.record_changed", run_id=str(run_id), event_id=str(row.id))
+        raise RecordChanged
+    data: Mapping[str, Any] = body["data"]
+    return data
 
 
 async def _spans(session: AsyncSession, seqs: Sequence[int]) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from app.db import Database
 _log = structlog.get_logger()
 _UNAVAILABLE: Final = (SQLAlchemyError, OSError, TimeoutError)
 _DAY_S: Final = 86_400
-_BATCH: Final = 2_000
+# Rows of one checkpoint, which go in one transaction: what the function takes at most, and several sealed batches.
+_BATCH: Final = 10_000
 _PRUNE: Final = text("select bulkhead_prune_audit(:most)")
 _DROP: Final = text("select bulkhead_drop_empty_partitions()")
 _LOCK: Final = text("select pg_try_advisory_xact_lock(hashtextextended('bulkhead_audit_checkpoint:' || :tenant_id, 0))")
@@ -98,13 +99,14 @@ class Retention:
             return 0
 
     async def _prune(self, tenant_id: UUID, cutoff: datetime) -> int:
-        await self._mark(tenant_id, cutoff)
+        """What a checkpoint covers is there or gone as a whole: rows that are there follow a hash that is signed."""
         pruned = 0
         while True:
+            await self._mark(tenant_id, cutoff)
             async with self._sealing.transaction(tenant_id) as session:
                 batch: int = await session.scalar(_PRUNE, {"most": _BATCH}) or 0
             pruned += batch
-            if batch < _BATCH:
+            if not batch:
                 return pruned
 
     async def _mark(self, tenant_id: UUID, cutoff: datetime) -> None:
@@ -120,15 +122,17 @@ class Retention:
             await self._record(tenant_id, old, cutoff)
 
     async def _old(self, session: AsyncSession, tenant_id: UUID, cutoff: datetime) -> _Old | None:
-        """All rows up to the newest head that is old, and not the last of all: the chain goes on from that.
+        """A batch of rows up to a head that is old, and not the last of all: the chain goes on from that.
 
         What a row says of its age, a superuser may have edited; what a head says is signed. Raise NotProven.
         """
         links = select(Link.seq).where(Link.tenant_id == tenant_id)
         first = await session.scalar(links.order_by(Link.seq).limit(1))
         marked = await session.scalar(select(func.max(Checkpoint.seq)).where(Checkpoint.tenant_id == tenant_id))
-        found = await _newest_old(session, tenant_id, cutoff)
-        if first is None or first <= (marked or 0) or found is None or found.seq < first:
+        if first is None or first <= (marked or 0):
+            return None
+        found = await _newest_old(session, tenant_id, cutoff, within=first + _BATCH)
+        if found is None or found.seq < first:
             return None
         head = chain.Head(tenant_id, found.seq, found.hash, found.signed_at, found.key_id)
         document = chain.canonical_document(head.document())
@@ -154,11 +158,10 @@ class Retention:
         }
 
 
-async def _newest_old(session: AsyncSession, tenant_id: UUID, cutoff: datetime) -> SignedHead | None:
-    """Of the heads before the first that stays; the last one stays."""
-    heads = select(SignedHead.seq).where(SignedHead.tenant_id == tenant_id)
+async def _newest_old(session: AsyncSession, tenant_id: UUID, cutoff: datetime, *, within: int) -> SignedHead | None:
+    """Of the heads before the first that stays, and before the row `within`; the last one stays."""
+    heads = select(SignedHead).where(SignedHead.tenant_id == tenant_id, SignedHead.seq < within)
     young = await session.scalar(heads.where(SignedHead.signed_at >= cutoff).order_by(SignedHead.seq).limit(1))
-    if young is None:
-        young = await session.scalar(heads.order_by(SignedHead.seq.desc()).limit(1))
-    before = select(SignedHead).where(SignedHead.tenant_id == tenant_id, SignedHead.seq < young)
-    return await session.scalar(before.order_by(SignedHead.seq.desc()).limit(1))
+    last = await session.scalar(select(func.max(SignedHead.seq)).where(SignedHead.tenant_id == tenant_id))
+    old = heads.where(SignedHead.seq < min(within if young is None else young.seq, last or 0))
+    return await session.scalar(old.order_by(SignedHead.seq.desc()).limit(1))

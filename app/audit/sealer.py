@@ -37,14 +37,14 @@ _BATCH_OF_EACH: Final = 200
 # Whose queue is not empty: one probe of the index for each, however long the queues are.
 _WAITING: Final = text("""
 with recursive waiting as (
-    (select tenant_id, at from audit_pending order by tenant_id, event_id limit 1)
+    (select tenant_id, event_id from audit_pending order by tenant_id, event_id limit 1)
     union all
     select following.* from waiting, lateral (
-        select tenant_id, at from audit_pending
+        select tenant_id, event_id from audit_pending
         where tenant_id > waiting.tenant_id order by tenant_id, event_id limit 1
     ) following
 )
-select tenant_id, extract(epoch from clock_timestamp() - at)::float8 as age_s from waiting order by at
+select tenant_id, event_id, extract(epoch from clock_timestamp())::float8 as now_s from waiting order by event_id
 """)
 _TENANTS: Final = bindparam("tenants", type_=pg.ARRAY(pg.UUID()))
 _LOCK: Final = text("""
@@ -58,15 +58,22 @@ cross join lateral (
     where tenant_id = t.tenant_id order by seq desc limit 1
 ) h
 """).bindparams(_TENANTS)
-# A probe for each, whatever the planner believes of the sizes of the two.
+# A probe for each, whatever the planner believes of the sizes of the three. What is no event, or has the id of one that
+# is chained already, stays in the queue for `audit verify` to tell, and keeps nothing else from being chained.
 _EVENTS: Final = text("""
-select t.tenant_id, p.event_id as id, p.at, e.body from unnest(:tenants) t (tenant_id)
+select t.tenant_id, p.event_id as id, p.at, p.body from unnest(:tenants) t (tenant_id)
 cross join lateral (
-    select event_id, at from audit_pending where tenant_id = t.tenant_id order by event_id limit :batch
+    select w.event_id, w.at, e.body
+    from (select event_id, at from audit_pending where tenant_id = t.tenant_id order by event_id) w
+    cross join lateral (
+        select body from audit_events where tenant_id = t.tenant_id and id = w.event_id and at = w.at limit 1
+    ) e
+    left join lateral (
+        select true as is_chained from audit_chain where tenant_id = t.tenant_id and event_id = w.event_id limit 1
+    ) c on true
+    where c.is_chained is null
+    order by w.event_id limit :batch
 ) p
-cross join lateral (
-    select body from audit_events where tenant_id = t.tenant_id and id = p.event_id and at = p.at limit 1
-) e
 order by p.event_id
 """).bindparams(_TENANTS)
 # What somebody holds of one tenant's is refused soon: the others of its transaction are then sealed each by itself.
@@ -141,8 +148,8 @@ class Sealer:
         """One batch of each tenant that has events waiting, the longest waiting first; True where some had more."""
         async with self._database.transaction(PLATFORM_TENANT) as session:
             waiting = (await session.execute(_WAITING)).all()
-        SEAL_LAG.set(max((age_s for _, age_s in waiting), default=0))
-        tenants = [tenant_id for tenant_id, _ in waiting]
+        SEAL_LAG.set(max([0, *(row.now_s - _made_at_s(row.event_id) for row in waiting)]))
+        tenants = [row.tenant_id for row in waiting]
         batches = [tenants[at : at + _TOGETHER] for at in range(0, len(tenants), _TOGETHER)]
         return any(await asyncio.gather(*map(self._attempt, batches)))
 
@@ -210,6 +217,11 @@ class Sealer:
     async def close(self) -> None:
         """Close the connections; nothing may seal any more."""
         await self._database.dispose()
+
+
+def _made_at_s(event_id: UUID) -> float:
+    """The time in a UUIDv7: what stands beside it in the queue, nobody has signed."""
+    return (event_id.int >> 80) / 1000
 
 
 def _not_sealed(tenants: Sequence[UUID], error: Exception) -> bool:

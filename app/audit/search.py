@@ -57,13 +57,16 @@ async def page(session: AsyncSession, wanted: Wanted, *, before: UUID | None, li
 
 def statement(wanted: Wanted, *, before: UUID | None, limit: int) -> Select[Any]:
     """What finds them, as tests look at its plan."""
-    events = select(AuditEvent.tenant_id, AuditEvent.id, AuditEvent.body).where(*_conditions(wanted))
+    events = select(AuditEvent.tenant_id, AuditEvent.id, AuditEvent.at, AuditEvent.body).where(*_conditions(wanted))
     if before is not None:
         events = events.where(AuditEvent.id < before)
     chosen = events.order_by(AuditEvent.id.desc()).limit(limit).subquery()
     return (
         select(chosen.c.id, chosen.c.body, Link.seq, Link.hash)
-        .outerjoin(Link, and_(Link.tenant_id == chosen.c.tenant_id, Link.event_id == chosen.c.id))
+        .outerjoin(
+            Link,
+            and_(Link.tenant_id == chosen.c.tenant_id, Link.event_id == chosen.c.id, Link.event_at == chosen.c.at),
+        )
         .order_by(chosen.c.id.desc())
     )
 

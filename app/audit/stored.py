@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import RowMapping, text
@@ -20,7 +20,7 @@ from app.audit.verify import Break, Held, Row, Signed, Verifier
 _ROWS_AT_ONCE: Final = 5_000
 # Longer than any sealer that works leaves an event waiting.
 PATIENCE_S: Final = 600
-_TABLES: Final = ("audit_events", "audit_pending", "audit_chain", "audit_heads")
+_TABLES: Final = ("audit_events", "audit_pending", "audit_chain", "audit_heads", "audit_checkpoints")
 # One probe of the index for each tenant, however many rows it has.
 _TENANTS: Final = """
 with recursive found as (
@@ -32,10 +32,16 @@ with recursive found as (
 )
 select tenant_id from found
 """
-_CHECKPOINT: Final = text("""
+_FIRST: Final = text("select min(seq) from audit_chain where tenant_id = :tenant_id")
+# The last one before the first row, and those whose rows are not gone yet.
+_CHECKPOINTS: Final = text("""
 select seq, hash, pruned_at, key_id, signature from audit_checkpoints
-where tenant_id = :tenant_id order by seq desc limit 1
+where tenant_id = :tenant_id and seq >= coalesce(
+    (select max(seq) from audit_checkpoints where tenant_id = :tenant_id and seq < :first), 0
+)
+order by seq
 """)
+# An event of which there are two is a row of which there are two.
 _ROWS: Final = text("""
 select c.seq, c.event_id, c.body_digest, c.hash, e.body, e.at, e.type, e.actor_id, e.run_id
 from audit_chain c
@@ -43,7 +49,7 @@ left join lateral (
     select body, to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24\\:MI\\:SS.US"Z"') as at, type,
            cast(actor_id as text) as actor_id, cast(run_id as text) as run_id
     from audit_events
-    where tenant_id = c.tenant_id and id = c.event_id and at = c.event_at limit 1
+    where tenant_id = c.tenant_id and id = c.event_id and at = c.event_at limit 2
 ) e on true
 where c.tenant_id = :tenant_id and c.seq > :after order by c.seq limit :most
 """)
@@ -51,16 +57,30 @@ _HEADS: Final = text("""
 select seq, hash, signed_at, key_id, signature from audit_heads
 where tenant_id = :tenant_id and seq > :after and seq <= :through order by seq
 """)
+# By the time as well: under a sealed event's id somebody may have put another.
 _STRAY: Final = text("""
 select e.id from audit_events e
 where e.tenant_id = :tenant_id
-  and not exists (select from audit_chain where tenant_id = e.tenant_id and event_id = e.id)
-  and not exists (select from audit_pending where tenant_id = e.tenant_id and event_id = e.id)
+  and not exists (select from audit_chain where tenant_id = e.tenant_id and event_id = e.id and event_at = e.at)
+  and not exists (select from audit_pending where tenant_id = e.tenant_id and event_id = e.id and at = e.at)
 order by e.id limit 1
 """)
+# What the sealer will never take from the queue, and what it should have taken: by the time of the event itself.
 _STUCK: Final = text("""
-select event_id, at from audit_pending
-where tenant_id = :tenant_id and at < now() - make_interval(secs => :patience_s) order by event_id limit 1
+select p.event_id, p.at, e.is_there is not null as is_there, c.is_chained is not null as is_chained
+from audit_pending p
+left join lateral (
+    select true as is_there from audit_events
+    where tenant_id = p.tenant_id and id = p.event_id and at = p.at limit 1
+) e on true
+left join lateral (
+    select true as is_chained from audit_chain where tenant_id = p.tenant_id and event_id = p.event_id limit 1
+) c on true
+where p.tenant_id = :tenant_id and (
+    e.is_there is null or c.is_chained is not null
+    or p.at not between now() - make_interval(secs => :patience_s) and now() + make_interval(secs => :patience_s)
+)
+order by p.event_id limit 1
 """)
 _SIGNING_KEYS: Final = text("select key_id from audit_heads union select key_id from audit_checkpoints")
 _EARLIER: Final = text("""
@@ -81,7 +101,7 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 async def tenants(connection: AsyncConnection) -> set[UUID]:
-    """Whoever has an event, a link, a head or something waiting."""
+    """Whoever has an event, a link, a head, a checkpoint or something waiting."""
     found: set[UUID] = set()
     for table in _TABLES:
         found |= set(await connection.scalars(text(_TENANTS.format(table=table))))
@@ -98,13 +118,24 @@ async def verify_tenant(
 ) -> Break | Held:
     """The first break of a tenant's record, or which rows of it hold. `exported` are heads that were kept elsewhere."""
     verifier = Verifier(tenant_id, keys)
-    row = (await connection.execute(_CHECKPOINT, {"tenant_id": tenant_id})).mappings().one_or_none()
-    broken = None if row is None else verifier.begin(*_checkpoint(tenant_id, row))
-    broken = broken or verifier.expect(exported)
+    broken = await _begin(connection, tenant_id, verifier) or verifier.expect(exported)
     if broken is not None:
         return broken
     found = await _verify_rows(connection, tenant_id, verifier)
     return found if isinstance(found, Break) else await _outside(connection, tenant_id) or found
+
+
+async def _begin(connection: AsyncConnection, tenant_id: UUID, verifier: Verifier) -> Break | None:
+    """Where the rows that are there begin: one that a checkpoint covers and that is not gone yet must hold as well."""
+    first = await connection.scalar(_FIRST, {"tenant_id": tenant_id})
+    if first is not None and first < 1:
+        return Break(tenant_id, first, "no row comes before row 1")
+    first = first or _LAST
+    rows = (await connection.execute(_CHECKPOINTS, {"tenant_id": tenant_id, "first": first})).mappings().all()
+    checkpoints = [_checkpoint(tenant_id, row) for row in rows]
+    is_pruned = bool(checkpoints) and checkpoints[0][0].seq < first
+    broken = verifier.begin(*checkpoints.pop(0)) if is_pruned else None
+    return broken or verifier.pass_by(checkpoints)
 
 
 async def verify_end(
@@ -159,15 +190,21 @@ async def _heads(connection: AsyncConnection, tenant_id: UUID, after: int, throu
 
 async def _outside(connection: AsyncConnection, tenant_id: UUID) -> Break | None:
     """Events that are in no chain."""
-    stray = await connection.scalar(_STRAY, {"tenant_id": tenant_id})
-    if stray is not None:
-        return Break(tenant_id, None, f"the event {stray} is in no row of the chain, and does not wait for one")
     waiting = {"tenant_id": tenant_id, "patience_s": PATIENCE_S}
     stuck = (await connection.execute(_STUCK, waiting)).one_or_none()
     if stuck is not None:
-        since = chain.timestamp(stuck.at)
-        return Break(tenant_id, None, f"the event {stuck.event_id} waits since {since}, and was not chained")
+        return Break(tenant_id, None, f"the event {stuck.event_id} {_why_stuck(stuck)}")
+    stray = await connection.scalar(_STRAY, {"tenant_id": tenant_id})
+    if stray is not None:
+        return Break(tenant_id, None, f"the event {stray} is in no row of the chain, and does not wait for one")
     return None
+
+
+def _why_stuck(waiting: Any) -> str:
+    at = chain.timestamp(waiting.at)
+    if waiting.is_chained:
+        return "waits to be chained a second time"
+    return f"waits since {at}, and was not chained" if waiting.is_there else f"of {at} waits, and is not there"
 
 
 def _checkpoint(tenant_id: UUID, row: RowMapping) -> tuple[Checkpoint, bytes]:

@@ -46,6 +46,15 @@ class Signed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """What the hash of a row was when we signed it, and what says so."""
+
+    seq: int
+    hash: bytes
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Break:
     """The first place where a chain does not hold."""
 
@@ -80,20 +89,35 @@ class Verifier:
     def __init__(self, tenant_id: UUID, keys: PublicKeys) -> None:
         self._tenant_id = tenant_id
         self._keys = keys
-        self._heads: list[Signed] = []
+        self._places: list[_Place] = []
         self._hash = chain.GENESIS
         self._begin = 0
+        self._is_pruned = False
         self._signed = 0
         self.seq = 0
 
     def begin(self, checkpoint: Checkpoint, signature: bytes) -> Break | None:
         """The rows up to the checkpoint's were pruned."""
+        wrong = self._forged(checkpoint, signature)
+        self._is_pruned = True
+        self.follow(checkpoint.seq, checkpoint.hash)
+        return wrong
+
+    def pass_by(self, checkpoints: Iterable[tuple[Checkpoint, bytes]]) -> Break | None:
+        """Checkpoints with their signatures whose rows are still to come: they must agree with them."""
+        for checkpoint, signature in checkpoints:
+            if wrong := self._forged(checkpoint, signature):
+                return wrong
+            what = f"the checkpoint made at {chain.timestamp(checkpoint.pruned_at)}"
+            self._expect(_Place(checkpoint.seq, checkpoint.hash, what))
+        return None
+
+    def _forged(self, checkpoint: Checkpoint, signature: bytes) -> Break | None:
         document = chain.canonical_document(checkpoint.document())
         if checkpoint.tenant_id != self._tenant_id:
             return self._break(checkpoint.seq, "the checkpoint is another tenant's")
         if not self._keys.verify(document, key_id=checkpoint.key_id, signature=signature):
             return self._break(checkpoint.seq, self._unsigned("checkpoint", checkpoint.key_id))
-        self.follow(checkpoint.seq, checkpoint.hash)
         return None
 
     def follow(self, seq: int, hash_: bytes) -> None:
@@ -110,10 +134,14 @@ class Verifier:
                 return self._break(head.seq, f"a head in {signed.source} is another tenant's")
             if not self._keys.verify(document, key_id=head.key_id, signature=signed.signature):
                 return self._break(head.seq, f"{self._unsigned('head', head.key_id)}, in {signed.source}")
+            what = f"the head signed at {chain.timestamp(head.signed_at)} in {signed.source}"
             if self._begin < head.seq < self.seq:
-                return self._break(head.seq, f"the head signed {_when(head)} in {signed.source} comes too late")
-            insort(self._heads, signed, key=lambda each: each.head.seq)
+                return self._break(head.seq, f"{what} comes too late")
+            self._expect(_Place(head.seq, head.hash, what))
         return self._settle()
+
+    def _expect(self, place: _Place) -> None:
+        insort(self._places, place, key=lambda each: each.seq)
 
     def take(self, row: Row) -> Break | None:
         """The next row."""
@@ -124,25 +152,29 @@ class Verifier:
         return self._settle()
 
     def _settle(self) -> Break | None:
-        """The heads up to the last row; of those before the first there is nothing to compare with."""
-        while self._heads and self._heads[0].head.seq <= self.seq:
-            signed = self._heads.pop(0)
-            if signed.head.seq == self.seq and signed.head.hash != self._hash:
-                return self._rechained(signed)
+        """What was signed up to the last row; before the first there is nothing to compare with."""
+        while self._places and self._places[0].seq <= self.seq:
+            place = self._places.pop(0)
+            if place.seq == self.seq and place.hash != self._hash:
+                return self._rechained(place)
             self._signed = self.seq
         return None
 
     def finish(self, *, is_part: bool = False) -> Break | Held:
         """After the last row: no head may say that there were more, unless this is a part, and no row be without."""
-        if self._heads and not is_part:
-            head, source = self._heads[-1].head, self._heads[-1].source
+        if self._places and not is_part:
+            place = self._places[-1]
             ends = f"the chain ends at row {self.seq}" if self.seq else "there is no chain"
-            return self._break(self.seq + 1, f"{ends}, and the head signed {_when(head)} in {source} says {head.seq}")
+            return self._break(self.seq + 1, f"{ends}, and {place.what} says {place.seq}")
+        if self._is_pruned and self.seq == self._begin and not is_part:
+            return self._break(self.seq + 1, "no row comes after the checkpoint, and the last ones are never pruned")
         if self._signed != self.seq:
             return self._break(self._signed + 1, f"no head was signed for the rows from here to {self.seq}")
         return Held(self._tenant_id, self._begin + 1, self.seq)
 
     def _wrong(self, row: Row) -> str | None:
+        if row.seq == self.seq > self._begin:
+            return f"row {row.seq}, or its event, is there twice"
         if row.seq != self.seq + 1:
             return f"the row is missing, there is row {row.seq} instead"
         if row.body is None:
@@ -154,11 +186,10 @@ class Verifier:
             return f"the hash does not follow from the row before and the event {row.event_id}"
         return _unlike(row, self._tenant_id)
 
-    def _rechained(self, signed: Signed) -> Break:
+    def _rechained(self, place: _Place) -> Break:
         first = min(self._signed + 1, self.seq)
         rows = f"the rows {first} to {self.seq} are" if first < self.seq else "the row is"
-        why = f"{rows} not what was sealed: the head signed {_when(signed.head)} in {signed.source} has another hash"
-        return self._break(first, why)
+        return self._break(first, f"{rows} not what was sealed: {place.what} has another hash")
 
     def _unsigned(self, what: str, key_id: str) -> str:
         if key_id in self._keys:
@@ -183,7 +214,3 @@ def _unlike(row: Row, tenant_id: UUID) -> str | None:
         if row.columns is not None and row.columns[name] != body.get(name):
             return f"the column {name} of the event {row.event_id} is not as its text says"
     return None
-
-
-def _when(head: Head) -> str:
-    return f"at {chain.timestamp(head.signed_at)}"

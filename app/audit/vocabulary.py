@@ -79,9 +79,9 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
     EventType.SECRET_BOUND: _SECRET,
     EventType.SECRET_UNBOUND: _SECRET,
     EventType.SECRET_ACCESSED: _v(1, name=NAME, version=COUNT, provider=NAME, outcome=NAME),
-    EventType.MODEL_ENDPOINT_ADDED: _v(1, endpoint_id=ID, name=NAME),
-    EventType.MODEL_ENDPOINT_CHANGED: _v(2, endpoint_id=ID, name=NAME, changed=NAMES, before=STATE, after=STATE),
-    EventType.MODEL_ENDPOINT_REMOVED: _v(1, endpoint_id=ID, name=NAME),
+    EventType.MODEL_ENDPOINT_ADDED: _v(2, endpoint_id=ID, name=NAME, after=STATE),
+    EventType.MODEL_ENDPOINT_CHANGED: _v(3, endpoint_id=ID, name=NAME, changed=NAMES, before=STATE, after=STATE),
+    EventType.MODEL_ENDPOINT_REMOVED: _v(2, endpoint_id=ID, name=NAME, before=STATE),
     EventType.SWITCH_ENGAGED: _v(1, switch_id=ID, scope=NAME, target=NAME_OR_NULL),
     EventType.SWITCH_LIFTED: _v(1, switch_id=ID),
     EventType.WORKSPACE_FILE_READ: _v(2, workspace=NAME, path_hmac=HASH, size=COUNT),
@@ -166,14 +166,16 @@ VOCABULARY: Final[Mapping[EventType, Schema]] = {
         1, quarantine_id=ID, server=NAME, policy_version=COUNT, digest=HASH, changes=COUNTS
     ),
     EventType.SERVER_QUARANTINE_DISMISSED: _v(1, quarantine_id=ID, server=NAME),
-    EventType.SERVER_TOOLS_ACCEPTED: _v(1, quarantine_id=ID, server=NAME, digest=HASH),
+    EventType.SERVER_TOOLS_ACCEPTED: _v(2, quarantine_id=ID, server=NAME, before=HASH, after=HASH),
     EventType.EGRESS_OPENED: _v(1, **_HOST, addresses=NAMES),
     EventType.EGRESS_CLOSED: _v(
         1, **_HOST, address=NAME_OR_NULL, ended=NAME, bytes_up=COUNT, bytes_down=COUNT, duration_ms=COUNT
     ),
     EventType.EGRESS_REFUSED: _v(1, server=NAME, host_hmac=HASH, port=COUNT_OR_NULL, reason=NAME),
     EventType.EGRESS_REFUSED_MORE: _v(1, server=NAME, count=COUNT),
-    EventType.ERROR_RAISED: _v(1, request_id=NAME, route=NAME, status=COUNT, code=NAME, error=NAME),
+    EventType.ERROR_RAISED: _v(
+        2, request_id=NAME_OR_NULL, route=NAME, status=COUNT, code=NAME, error=NAME, count=COUNT
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from app.audit.retention import Retention
 from app.audit.signing import PublicKeys, Signers, read_keys
 from app.audit.verify import Break, Held, Signed
 from app.audit_cli.ground import reached, read_settings, unusable
+from app.caller import PLATFORM_TENANT
 from app.db import Database, DatabaseUrls, create_engine
 from app.errors import ConfigurationError
 from app.keyring import Keyring
@@ -53,19 +54,19 @@ def verify(
         if export is not None:
             found: Sequence[Break | Held] = [_of(tenant, _verify_file(export, trusted, kept, is_part=part))]
         else:
-            found = [_there(tenant, each) for each in _verify_database(settings, trusted, kept, tenant)]
+            found = [_there(each, tenant) for each in _verify_database(settings, trusted, kept, tenant)]
     except Unreadable as error:
         raise ConfigurationError(str(error)) from None
     for each in found:
         typer.echo(f"BROKEN: {each}" if isinstance(each, Break) else each)
-    if any(isinstance(each, Break) for each in found):
-        raise typer.Exit(1)
-    if unknown := [str(each.tenant_id) for each in found if each.tenant_id not in kept]:
+    if heads is None:
         typer.echo(
             "No heads from elsewhere were given (--heads): the end of a chain may have been cut off with its heads."
-            if heads is None
-            else f"The file has no heads of {', '.join(unknown)}: the end may have been cut off with its heads."
         )
+    elif unknown := [str(each.tenant_id) for each in found if each.tenant_id not in kept]:
+        typer.echo(f"The file has no heads of {', '.join(unknown)}: the end may have been cut off with its heads.")
+    if any(isinstance(each, Break) for each in found):
+        raise typer.Exit(1)
 
 
 @audit.command("keys")
@@ -99,11 +100,12 @@ async def _prune(urls: DatabaseUrls, signers: Signers, days: int) -> int:
         await database.dispose()
 
 
-def _there(tenant: UUID | None, found: Break | Held) -> Break | Held:
-    """Who asks for one tenant by name means one that has a record."""
-    if tenant is None or isinstance(found, Break) or found.last >= found.first:
+def _there(found: Break | Held, tenant: UUID | None) -> Break | Held:
+    """Who asks for one tenant by name means one that has a record; the platform's begins with its first admin."""
+    if isinstance(found, Break) or found.last >= found.first or found.tenant_id not in {tenant, PLATFORM_TENANT}:
         return found
-    return Break(tenant, None, "there is no row of this tenant")
+    whose = "this tenant" if tenant else "the platform, whose record begins with its first admin"
+    return Break(found.tenant_id, None, f"there is no row of {whose}")
 
 
 def _of(tenant: UUID | None, found: Break | Held) -> Break | Held:
@@ -139,7 +141,7 @@ async def _verify_stored(
     engine = create_engine(url, pool_size=1)
     try:
         async with stored.reading(engine) as connection:
-            tenants = {tenant} if tenant else await stored.tenants(connection) | heads.keys()
+            tenants = {tenant} if tenant else await stored.tenants(connection) | heads.keys() | {PLATFORM_TENANT}
             return [
                 await stored.verify_tenant(connection, each, keys=keys, exported=heads.get(each, ()))
                 for each in sorted(tenants)

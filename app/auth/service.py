@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,7 +11,8 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import orjson
-from sqlalchemy.exc import IntegrityError
+import structlog
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -32,6 +34,9 @@ from app.tenants import service as tenants
 
 _MAX_KEY_SETS: Final = 1_000
 _MAX_USES: Final = 100_000
+# At the end of the process, for what is counted and not recorded yet.
+_FINISH_S: Final = 5
+_log = structlog.get_logger()
 
 
 class Refusal(StrEnum):
@@ -195,20 +200,31 @@ class Authenticator:
             async with self._platform.transaction() as session:
                 await repository.note_uses(session, used)
 
-    async def flush_uses(self) -> None:
+    async def finish(self) -> None:
+        """Record all that is counted, since the process ends; the log tells how many the database does not take."""
+        try:
+            async with asyncio.timeout(_FINISH_S):
+                await self.flush_failures(at_end=True)
+                await self.flush_uses(at_end=True)
+                await self.note_uses()
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            lost = {"failures": self._failures.untold, "uses": self._uses.untold}
+            _log.error("audit.counts_lost", error=type(error).__name__, **lost)
+
+    async def flush_uses(self, *, at_end: bool = False) -> None:
         """Record the counts of the hours that are over; to be called every few seconds."""
         while True:
-            with self._uses.finished() as uses:
+            with self._uses.finished(at_end=at_end) as uses:
                 if not uses:
                     return
                 async with self._platform.transaction() as session:
                     for use, count in uses:
                         await audit.append(session, use.tenant_id, use.event(count=count))
 
-    async def flush_failures(self) -> None:
+    async def flush_failures(self, *, at_end: bool = False) -> None:
         """Record the counts of the minutes that are over; to be called every few seconds."""
         while True:
-            with self._failures.finished() as failures:
+            with self._failures.finished(at_end=at_end) as failures:
                 if not failures:
                     return
                 async with self._platform.transaction() as session:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -68,12 +70,12 @@ async def found(
 
 
 def place_of(settings: Settings, machine: Machine) -> tuple[str, int | None]:
-    """Where the service answers from here, and its process where that shows."""
+    """Where the service answers from here, and its process where that is known."""
     holder = machine.holder()
     told = read_env(settings.data_dir / ENV_FILE).get("BULKHEAD_URL")
     if holder is not None and told is not None:
         return told, holder
-    return f"http://{reached(settings.host)}:{settings.port}", _process_at(settings.port)
+    return f"http://{reached(settings.host)}:{settings.port}", _process_at(settings.port, settings.data_dir)
 
 
 def reached(host: str) -> str:
@@ -87,14 +89,20 @@ def reached(host: str) -> str:
     return f"[{address}]" if address.version == 6 else str(address)
 
 
-def _process_at(port: int) -> int | None:
-    """Only what is ours shows whose it is."""
+def _process_at(port: int, data_dir: Path) -> int | None:
+    """Nobody's where any that listens there is not ours: whoever is on this machine may have taken the port first.
+
+    Ours is what could read the service's files in any case.
+    """
+    users = {0, os.geteuid(), *({data_dir.stat().st_uid} if data_dir.exists() else ())}
     try:
         found = psutil.net_connections("tcp")
+        at_port = (each for each in found if each.laddr and each.laddr.port == port)
+        listening = {each.pid for each in at_port if each.status == psutil.CONN_LISTEN}
+        is_ours = all(pid and psutil.Process(pid).uids().effective in users for pid in listening)
     except psutil.Error:
         return None
-    listening = (each for each in found if each.status == psutil.CONN_LISTEN)
-    return next((each.pid for each in listening if each.laddr and each.laddr.port == port), None)
+    return next(iter(listening), None) if is_ours else None
 
 
 async def _asked(url: str) -> Answering | None:

@@ -11,26 +11,12 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import migration
+from app import migration, roles
 from app.caller import PLATFORM_TENANT
 from app.checklist.findings import Item, Verdict, counted, failed, judged, passed, warned
 from app.checklist.ground import ROLES, Ground, is_local
 from app.runs.dispatch import DEAD_AFTER_S
 
-# Of the role and of every role that it may become. Three of Postgres' own reach its files, which no row security holds.
-_ROLE: Final = text("""
-select current_user as name, bool_or(rolsuper) as rolsuper, bool_or(rolbypassrls) as rolbypassrls,
-    bool_or(rolcreaterole) as rolcreaterole, bool_or(rolcreatedb) as rolcreatedb,
-    bool_or(rolreplication) as rolreplication,
-    bool_or(rolname in ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')) as has_files,
-    exists (
-        select from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        where c.relkind in ('r', 'p') and n.nspname <> 'information_schema' and n.nspname not like 'pg\\_%'
-            and pg_has_role(current_user, c.relowner, 'member')
-    ) as is_owner
-from pg_roles r where pg_has_role(current_user, r.oid, 'member')
-""")
-_RIGHTS: Final = ("rolsuper", "rolbypassrls", "rolcreaterole", "rolcreatedb", "rolreplication")
 _TABLES: Final = text("""
 select c.relname as name, c.relrowsecurity and c.relforcerowsecurity as is_forced,
     exists (select from pg_attribute where attrelid = c.oid and attname = 'tenant_id') as has_tenant,
@@ -72,13 +58,12 @@ _PATIENCE_S: Final = 60
 async def _roles(ground: Ground) -> Verdict:
     faults, names = [], set()
     for role in ROLES:
-        (found,) = await ground.database.rows(role, _ROLE)
+        async with ground.database.as_role(role) as connection:
+            found = await roles.examine(connection)
         names.add(found.name)
-        faults += [f"the role {role} has {right.removeprefix('rol')}" for right in _RIGHTS if getattr(found, right)]
-        if found.is_owner:
-            faults.append(f"the role {role} owns tables, or is a member of who does")
-        if found.has_files:
-            faults.append(f"the role {role} reaches the database server's files or programs")
+        faults += [f"the role {role} {fault}" for fault in found.faults]
+        if found.makes_databases:
+            faults.append(f"the role {role} makes databases")
     if len(names) < len(ROLES):
         faults.append("two of the roles are the same")
     return judged(faults, "Three roles, none of them a superuser, an owner, or past row-level security.")
@@ -170,7 +155,8 @@ def _host(url: str) -> str:
 async def _owner_apart(ground: Ground) -> Verdict:
     if ground.settings.database_owner_url is None:
         return passed("What serves does not know the owner's password.")
-    return warned("BULKHEAD_DATABASE_OWNER_URL is set where this runs; only migrations need it.")
+    told = "BULKHEAD_DATABASE_OWNER_URL is set where this runs; only migrations need it."
+    return failed(told) if ground.is_open else warned(told)
 
 
 async def _backups(ground: Ground) -> Verdict:

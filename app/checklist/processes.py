@@ -79,7 +79,7 @@ async def _ready(ground: Ground) -> Verdict:
 
 async def _listens(ground: Ground) -> Verdict:
     """Where its sockets really are; what others may reach needs TLS in front."""
-    hosts = {ground.settings.host, *_listening(ground)}
+    hosts = {ground.settings.host, *(host for host, _ in listening(ground.process))}
     beyond = sorted(host for host in hosts if not is_local(host))
     if not beyond:
         return passed("The service listens on this machine alone.")
@@ -88,14 +88,13 @@ async def _listens(ground: Ground) -> Verdict:
     return failed(f"The service listens on {', '.join(beyond)} without TLS.")
 
 
-def _listening(ground: Ground) -> set[str]:
-    """Nothing where that is not ours to see."""
+def listening(process: int | None) -> set[tuple[str, int]]:
+    """The addresses and ports of its sockets; nothing where that is not ours to see."""
     try:
-        process = psutil.Process(ground.process) if ground.process is not None else None
-        found = process.net_connections("inet") if process else []
+        found = psutil.Process(process).net_connections("inet") if process is not None else []
     except psutil.Error:
         return set()
-    return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN}
+    return {(each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN}
 
 
 async def _hosts(ground: Ground) -> Verdict:

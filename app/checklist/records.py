@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx
 from sqlalchemy import text
@@ -11,6 +12,7 @@ from sqlalchemy import text
 from app.audit import stored
 from app.audit.signing import PublicKeys, Signers, read_keys
 from app.audit.verify import Break
+from app.checklist import processes
 from app.checklist.findings import Item, Verdict, failed, judged, passed, warned
 from app.checklist.ground import Ground
 from app.errors import ConfigurationError
@@ -21,6 +23,7 @@ _SECONDS: Final = 4
 _LEAST_TOKEN: Final = 16
 _PATIENCE_S: Final = 60  # the item's own time is shorter
 _GUIDES_METRICS: Final = ("mcp_requests_total", "mcp_request_duration_seconds", "mcp_security_violations_total")
+_WHOSE_FIX: Final = "See which program listens at the service's port; run this as the service's user, or as root."
 # The newest head of each tenant, by probes of the index: there may be very many heads.
 _ENDS: Final = text("""
 with recursive found as (
@@ -36,8 +39,9 @@ from found, lateral (
 ) newest
 order by newest.signed_at desc
 """)
+# What is of a time to come has been put there, so as never to be late.
 _WAITING: Final = text("""
-select count(*), coalesce(extract(epoch from clock_timestamp() - min(at)), 0)::float from audit_pending
+select count(*), coalesce(max(abs(extract(epoch from clock_timestamp() - at))), 0)::float from audit_pending
 """)
 
 
@@ -121,12 +125,19 @@ async def _metrics(ground: Ground) -> Verdict:
         return failed(f"BULKHEAD_METRICS_TOKEN has less than {_LEAST_TOKEN} characters.")
     if ground.url is None:
         return passed("The metrics are for the bearer of a token.")
-    bearer = {"Authorization": f"Bearer {token.get_secret_value()}"}
     try:
-        async with httpx.AsyncClient(base_url=ground.url, trust_env=False, timeout=_PATIENCE_S) as client:
-            without, given = [await client.get("/metrics", headers=headers) for headers in ({}, bearer)]
+        return await _scraped(ground.process, ground.url, token.get_secret_value())
     except httpx.TransportError:
         return failed("Nothing answers where the settings say that the service is.")
+
+
+async def _scraped(process: int | None, url: str, token: str) -> Verdict:
+    """The token goes to the service's process alone: any program may have taken the port."""
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=_PATIENCE_S) as client:
+        without = await client.get("/metrics")
+        if urlsplit(url).port not in {port for _, port in processes.listening(process)}:
+            return failed("What answers is not known to be the service, so it was not sent the token.", _WHOSE_FIX)
+        given = await client.get("/metrics", headers={"Authorization": f"Bearer {token}"})
     if (without.status_code, given.status_code) != (401, 200):
         return failed(f"/metrics answered {without.status_code} without the token and {given.status_code} with it.")
     missing = [f"there is no metric {name}" for name in _GUIDES_METRICS if f"# HELP {name}" not in given.text]

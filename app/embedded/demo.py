@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from app.auth.jwks import DevelopmentIssuer
 from app.errors import ConfigurationError
+from app.telemetry import logs
 
 ENV_FILE: Final = "demo.env"
 _CONFLICT: Final = 409
@@ -66,8 +67,9 @@ class Demo:
     async def prepare(self, *, platform_key: str, metrics_token: SecretStr | None) -> None:
         """Write the file of keys, readable by its owner alone; make the tenants where it holds no good keys yet."""
         values = read_env(self._file)
-        if not await self._is_good(values.get("BULKHEAD_API_KEY")):
-            values = await self._make(platform_key)
+        with logs.without("http.request"):  # some twenty lines, of what nobody has asked for
+            if not await self._is_good(values.get("BULKHEAD_API_KEY")):
+                values = await self._make(platform_key)
         values["BULKHEAD_URL"] = self._url
         values["BULKHEAD_METRICS_TOKEN"] = metrics_token.get_secret_value() if metrics_token else ""
         write_env(self._file, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -21,13 +22,22 @@ from app.telemetry.security import Violation
 _QUERIES: Final = frozenset({"POST /query", "POST /v1/query", "POST /v1/runs"})
 
 
-class Admission:
-    """Counts callers' requests: queries by what their policy says, all others by one rate for everybody."""
+@dataclass(frozen=True, slots=True)
+class Most:
+    """The rates of queries that hold whatever a policy says: of one user, and of a tenant."""
 
-    def __init__(self, limiter: RateLimiter, database: Database, *, api_rate: str) -> None:
+    requests: str
+    tenant_requests: str
+
+
+class Admission:
+    """Counts callers' requests: queries by what policy and platform say, all others by one rate for everybody."""
+
+    def __init__(self, limiter: RateLimiter, database: Database, *, api_rate: str, most: Most) -> None:
         self._limiter = limiter
         self._database = database
         self._api_rate = api_rate
+        self._most = most
         self._refusals: MinuteCounts[tuple[UUID, UUID, str]] = MinuteCounts()
 
     async def general(self, caller: Caller, route: str) -> Mapping[str, str]:
@@ -42,11 +52,11 @@ class Admission:
 
     async def query(self, caller: Caller, *, requests: Sequence[str], tenant_requests: str) -> Mapping[str, str]:
         """Count a query against the limits of its tenant, its user and its key; raise RateLimitExceeded."""
-        return await self._admit(caller, _of_queries(caller, requests, tenant_requests))
+        return await self._admit(caller, self._of_queries(caller, requests, tenant_requests))
 
     async def queries_left(self, caller: Caller, *, requests: Sequence[str], tenant_requests: str) -> Verdict:
         """Where a caller stands with its queries, without counting."""
-        return await self._limiter.peek(*_of_queries(caller, requests, tenant_requests))
+        return await self._limiter.peek(*self._of_queries(caller, requests, tenant_requests))
 
     async def requests_left(self, caller: Caller) -> Standing:
         """Where it stands with everything else."""
@@ -73,9 +83,18 @@ class Admission:
     def _of_the_api(self, caller: Caller) -> Bound:
         return bound("api", f"{caller.tenant_id}/{caller.user_id}", self._api_rate)
 
+    def _of_queries(self, caller: Caller, requests: Sequence[str], tenant_requests: str) -> list[Bound]:
+        tenant, most = str(caller.tenant_id), self._most
+        keys = [bound("key", f"{tenant}/{caller.key_id}", caller.key_rate)] if caller.key_rate else []
+        return [
+            *_within(most.tenant_requests, "tenant", tenant, [tenant_requests]),
+            *_within(most.requests, "user", f"{tenant}/{caller.user_id}", requests),
+            *keys,
+        ]
 
-def _of_queries(caller: Caller, requests: Sequence[str], tenant_requests: str) -> list[Bound]:
-    tenant = str(caller.tenant_id)
-    users = [bound("user", f"{tenant}/{caller.user_id}", rate) for rate in requests]
-    keys = [bound("key", f"{tenant}/{caller.key_id}", caller.key_rate)] if caller.key_rate else []
-    return [bound("tenant", tenant, tenant_requests), *users, *keys]
+
+def _within(most: str, kind: str, subject: str, rates: Sequence[str]) -> list[Bound]:
+    """Bounds of these rates and of the most that the platform allows; none that another one holds anyhow."""
+    cap = bound(kind, subject, most)
+    own = [each for rate in rates if not cap.implies(each := bound(kind, subject, rate))]
+    return own if any(each.implies(cap) for each in own) else [*own, cap]

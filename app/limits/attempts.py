@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
 from limits import RateLimitItem, parse
+from sqlalchemy.exc import DBAPIError
 
 from app.audit import repository as audit
 from app.audit.aggregate import MinuteCounts
@@ -47,6 +48,9 @@ _FORGOTTEN_S: Final = 600.0
 _MAX_KEPT: Final = 10_000
 # Answers that wait at once; the next one is told at once, and counted like the others.
 _MAX_WAITING: Final = 200
+# What our own database fails with, which is no fault of who asked. Keys of an issuer that cannot be had are none of
+# these: whoever names such an issuer could ask for ever.
+_OUR_OWN: Final = (DBAPIError, OSError)
 _OF_A_KEY: Final[RateLimitItem] = parse(f"{FREE + DELAYED} per 10 minute")
 
 
@@ -115,21 +119,19 @@ class Attempts:
 
     @asynccontextmanager
     async def _counted(self, attempt: Attempt) -> AsyncIterator[Mapping[str, str]]:
-        """Takes a place of the address, and gives it back unless the credential is refused."""
+        """Takes a place of the address, and gives it back where the credential is accepted, or we could not look."""
         failures = self._failures(attempt)
         if failures is not None and (pause_s := failures.pause_s(self._clock())) > 0:
             LIMITER_DECISIONS.labels("credential", "refused").inc()
             await self._tell("credential", attempt.address)
             raise refusal(_OF_A_KEY, remaining=0, reset_s=pause_s)
-        told, is_refused = await self.count(attempt.address), False
+        told = await self.count(attempt.address)
         try:
             yield told
-        except Unauthenticated:
-            is_refused = True
+        except _OUR_OWN:
+            await self._limiter.give_back(self._bound(attempt.address))
             raise
-        finally:
-            if not is_refused:
-                await self._limiter.give_back(self._bound(attempt.address))
+        await self._limiter.give_back(self._bound(attempt.address))
 
     def _turn(self, attempt: Attempt) -> asyncio.Lock:
         return self._turns.setdefault(self._digest(attempt), asyncio.Lock())

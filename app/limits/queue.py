@@ -16,8 +16,10 @@ from app.errors import AppError, Unavailable
 from app.telemetry.metrics import QUEUE_DEPTH, QUEUE_WAIT
 
 T = TypeVar("T")
-# Runs that end in other processes are noticed so often; those of this one at once.
+# Runs that end in other processes are noticed so often, or after the longer time by a user who has had to wait for the
+# end of their own before; those of this one at once.
 _POLL_S: Final = 0.25
+_MAX_PAUSE_S: Final = 1.0
 
 
 class TooManyRuns(AppError):
@@ -83,9 +85,26 @@ class _Lane:
     lines: OrderedDict[UUID, deque[_Waiter]] = field(default_factory=OrderedDict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: int = 0
+    # Users who have as many runs as they may: when they are asked again, and after what pause.
+    put_off: dict[UUID, tuple[float, float]] = field(default_factory=dict)
+
+    def is_due(self, user_id: UUID) -> bool:
+        return self.put_off.get(user_id, (0.0, 0.0))[0] <= time.monotonic()
+
+    def is_busy(self, user_id: UUID) -> None:
+        """Ask ever less often: each time is a transaction that keeps the tenant's others waiting."""
+        before_s = self.put_off.get(user_id, (0.0, 0.0))[1]
+        pause_s = min(max(2 * before_s, _POLL_S), _MAX_PAUSE_S)
+        self.put_off[user_id] = time.monotonic() + pause_s, pause_s
+
+    def has_ended(self, user_id: UUID) -> None:
+        """A run of this user, here."""
+        self.put_off.pop(user_id, None)
+        self.changed.set()
 
     def join(self, user_id: UUID) -> _Waiter:
         waiter = _Waiter()
+        self.put_off.pop(user_id, None)
         self.lines.setdefault(user_id, deque()).append(waiter)
         self.waiting += 1
         return waiter
@@ -96,6 +115,7 @@ class _Lane:
         self.waiting -= 1
         if not line:
             del self.lines[user_id]
+            self.put_off.pop(user_id, None)
         self.changed.set()
 
 
@@ -138,7 +158,7 @@ class RunQueue:
         finally:
             self._places.release()
             if (lane := self._lanes.get(tenant_id)) is not None:
-                lane.changed.set()
+                lane.has_ended(user_id)
 
     def withdraw(self, run_id: UUID) -> None:
         """Let a run that waits not begin; nothing happens where it has begun."""
@@ -238,7 +258,7 @@ class RunQueue:
 
     async def _let_one_begin(self, lane: _Lane) -> bool:
         """True where one has begun, False where nobody of the tenant may now."""
-        for user_id in list(lane.lines):
+        for user_id in filter(lane.is_due, list(lane.lines)):
             await self._places.acquire()  # lanes wait for places one after the other, so tenants take turns
             outcome = await _let_one_of(lane.lines.get(user_id, ()))
             if outcome is True:
@@ -246,8 +266,10 @@ class RunQueue:
                     lane.lines.move_to_end(user_id)
                 return True
             self._places.release()
-            if isinstance(outcome, Busy) and not outcome.of_user:
-                return False
+            if isinstance(outcome, Busy):
+                if not outcome.of_user:
+                    return False
+                lane.is_busy(user_id)
         return False
 
 

@@ -24,7 +24,7 @@ _STEPS: Final = 20
 # In a row, before nobody asks any more.
 _TIMEOUTS: Final = 2
 _PROBE_EVERY_S: Final = 0.25
-# Requests that ask at once: with more, each would wait for the others and not for the storage.
+# Requests that ask at once, each on a connection of its own.
 _AT_ONCE: Final = 16
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger()
@@ -92,16 +92,21 @@ class RateLimiter:
         shared = self._shared
         if shared is None or self.is_alone():
             return None
+        try:
+            verdict = await _in_time(self._in_turn(shared, bounds, is_hit=is_hit))
+        except FAILURES as error:
+            self._failed(error)
+            return None
+        if verdict is not None:
+            self._timeouts = 0
+        return verdict
+
+    async def _in_turn(self, shared: SharedWindows, bounds: tuple[Bound, ...], *, is_hit: bool) -> Verdict | None:
+        """A few ask at once; waiting for them is waiting for the storage, and takes of the same time."""
         async with self._at_once:
             if self.is_alone():  # by now
                 return None
-            try:
-                verdict = await _in_time(shared.take(bounds) if is_hit else shared.peek(bounds))
-            except FAILURES as error:
-                self._failed(error)
-                return None
-        self._timeouts = 0
-        return verdict
+            return await (shared.take(bounds) if is_hit else shared.peek(bounds))
 
     def _shares(self, bounds: tuple[Bound, ...]) -> tuple[Bound, ...]:
         if self._shared is None:

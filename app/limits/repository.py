@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import date
 from typing import Any, Final
@@ -50,6 +50,17 @@ cross join lateral (
     from usage_models u where u.tenant_id = :tenant_id and u.day = today.day and u.user_id = :user_id
 ) own
 left join budget_days used on used.tenant_id = :tenant_id and used.day = today.day
+""")
+_TAKEN_TODAY: Final = text("""
+select t.id, coalesce(used.tokens, 0) + coalesce(reserved.tokens, 0) as tokens,
+    coalesce(used.cost, 0) + coalesce(reserved.cost, 0) as cost
+from (select (now() at time zone 'UTC')::date as day) today
+cross join unnest(cast(:tenants as uuid[])) as t (id)
+left join budget_days used on used.tenant_id = t.id and used.day = today.day
+left join lateral (
+    select sum(r.input_tokens + r.output_tokens) as tokens, sum(r.cost) as cost
+    from budget_reservations r where r.tenant_id = t.id and r.day = today.day
+) reserved on true
 """)
 # Each reservation is given back once, to whoever takes it first. A run whose tokens nobody knows is charged all that it
 # had reserved. Who counts `account` waits for its lock before anything is taken.
@@ -122,6 +133,12 @@ async def standing(session: AsyncSession, tenant_id: UUID, user_id: UUID, *, day
         Amount(int(row.tokens), int(row.cost), int(row.calls)),
         Amount(int(row.user_tokens), int(row.user_cost), int(row.user_calls)),
     )
+
+
+async def taken_today(session: AsyncSession, tenants: Iterable[UUID]) -> list[tuple[UUID, int, int]]:
+    """Tokens and micro-USD of these tenants, used or reserved."""
+    rows = await session.execute(_TAKEN_TODAY, {"tenants": list(tenants)})
+    return [(row.id, int(row.tokens), int(row.cost)) for row in rows.all()]
 
 
 def add(session: AsyncSession, tenant_id: UUID, run_id: UUID, **values: Any) -> None:

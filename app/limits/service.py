@@ -80,7 +80,6 @@ async def reserve(session: AsyncSession, demand: Demand) -> Reserved | Busy | Ex
     price = price_on(standing.day, demand.prices)
     if limits.bounds_cost and price is None:
         return Unpriced()
-    _show(demand.tenant_id, standing)
     if (limit := budgets.exhausted(limits, standing, _ANY)) is not None:
         return _refused(limit)
     if standing.runs >= limits.concurrent_runs:
@@ -98,12 +97,6 @@ def _first(limits: Limits, standing: Standing, price: Price | None) -> Tokens:
     if not limits.bounds_tokens or budgets.exhausted(limits, standing, budgets.amount(_GENEROUS, price)):
         return Tokens()
     return _GENEROUS
-
-
-def _show(tenant_id: UUID, standing: Standing) -> None:
-    if (tenant := labels.tenant(tenant_id)) != labels.OTHER:
-        BUDGET_TOKENS.labels(tenant).set(standing.taken.tokens)
-        BUDGET_COST.labels(tenant).set(standing.taken.cost / 1_000_000)
 
 
 def _refused(limit: Limit) -> Exhausted:
@@ -158,6 +151,19 @@ async def settle(session: AsyncSession, ended: Mapping[tuple[UUID, UUID], Spent]
     if not ended:
         return 0
     return await repository.settle(session, ended)
+
+
+async def day_of(session: AsyncSession, tenant_id: UUID, run_id: UUID) -> date | None:
+    """The day on which a run counts, while it has something reserved."""
+    row = await repository.find(session, tenant_id, run_id)
+    return row.day if row else None
+
+
+async def measure(session: AsyncSession) -> None:
+    """Platform role: for the metrics of this process, how the tenants stand today that have series of their own."""
+    for tenant_id, tokens, cost in await repository.taken_today(session, labels.shown()):
+        BUDGET_TOKENS.labels(str(tenant_id)).set(tokens)
+        BUDGET_COST.labels(str(tenant_id)).set(cost / 1_000_000)
 
 
 async def count(

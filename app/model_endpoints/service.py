@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
+from app.audit.fields import MAX_NAME
 from app.caller import PLATFORM_TENANT, Caller
 from app.db import new_id
 from app.errors import Conflict
@@ -22,7 +24,7 @@ from app.tenants import repository as tenants
 from app.tenants.service import NameTaken, open_tenant_key
 
 _MAX_ENDPOINTS: Final = 100
-# Of all that can be changed, what is neither a secret nor a table.
+# As it is; prices have parts, which a state of the record has none of.
 _RECORDED: Final = frozenset({"base_url", "models", "is_enabled"})
 
 
@@ -40,7 +42,7 @@ async def add(
             await repository.add(session, endpoint_id, name=name, credential=sealed, **values)
     except IntegrityError:
         raise NameTaken from None
-    await _record(session, EventType.MODEL_ENDPOINT_ADDED, caller, endpoint_id, name=name)
+    await _record(session, EventType.MODEL_ENDPOINT_ADDED, caller, endpoint_id, name=name, after=_told(values))
     return await repository.get(session, endpoint_id)
 
 
@@ -53,8 +55,8 @@ async def change(
     data = {
         "name": row.name,
         "changed": sorted([*values, *(["credential"] if credential is not None else [])]),
-        "before": {key: getattr(row, key) for key in values.keys() & _RECORDED},
-        "after": {key: values[key] for key in values.keys() & _RECORDED},
+        "before": _told({name: getattr(row, name) for name in values}),
+        "after": _told(values),
     }
     if credential is not None:
         key = await open_tenant_key(session, keyring, PLATFORM_TENANT)
@@ -67,9 +69,19 @@ async def change(
 async def remove(session: AsyncSession, caller: Caller, endpoint_id: UUID) -> None:
     """Queries under a policy that names it fail from now on. Raise NotFound."""
     await tenants.bump_generation(session, PLATFORM_TENANT)
-    name = (await repository.get(session, endpoint_id)).name
+    row = await repository.get(session, endpoint_id)
+    data = {"name": row.name, "before": _told({name: getattr(row, name) for name in (*_RECORDED, "prices")})}
     await repository.remove(session, endpoint_id)
-    await _record(session, EventType.MODEL_ENDPOINT_REMOVED, caller, endpoint_id, name=name)
+    await _record(session, EventType.MODEL_ENDPOINT_REMOVED, caller, endpoint_id, **data)
+
+
+def _told(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what this is, by column, the record has all but secrets: the prices of each model by themselves, in lines."""
+    told = {name: state[name] for name in state.keys() & _RECORDED}
+    for model, prices in state.get("prices", {}).items():
+        lines = [f"{each['from']}: {each['input']}, {each['output']}" for each in prices]
+        told[f"prices of {model}"[:MAX_NAME]] = lines
+    return told
 
 
 def unsealed(key: SecretKey, row: StoredEndpoint) -> ModelEndpoint:

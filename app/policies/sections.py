@@ -30,6 +30,7 @@ _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _HOST_PATTERN: Final = rf"^{_LABEL}(\.{_LABEL})*(:[1-9][0-9]{{0,4}})?$"
 _GLOB_PATTERN: Final = r"^[A-Za-z0-9_*-]{1,64}$"
 _UNITS: Final = {"KB": 1024, "MB": MB}
+_TIMES_A_DAY: Final = {"second": 86_400, "minute": 1_440, "hour": 24, "day": 1}
 
 
 class Section(BaseModel):
@@ -62,6 +63,12 @@ def _rate(rate: str) -> str:
     if not _RATE.fullmatch(rate):
         raise ValueError('must be a rate such as "100/minute"')
     return rate
+
+
+def a_day(rate: str) -> int:
+    """How many a Rate lets through in a day, one window after the other."""
+    count, _, unit = rate.partition("/")
+    return int(count) * _TIMES_A_DAY[unit]
 
 
 def _expression(pattern: str) -> str:

@@ -143,9 +143,11 @@ class Dispatch:
         values = {"tenant_id": tenant_id, "most": self._per_tenant, "window": _WINDOW, "is_patient": is_patient}
         return await session.scalar(_PROMOTE, values) or 0
 
-    async def put_off(self, session: AsyncSession, tenant_id: UUID, run_id: UUID) -> None:
-        """Let a queued run, whose job is over, wait until a run of its tenant ends, or for two seconds."""
-        await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": _PUT_OFF_S})
+    async def put_off(self, session: AsyncSession, tenant_id: UUID, run_id: UUID, *, times: int = 1) -> None:
+        """Let a queued run, whose job is over, wait until a run of its tenant ends, or for two seconds, so many times
+        over.
+        """
+        await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": times * _PUT_OFF_S})
 
     async def sweep(self, session: AsyncSession) -> int:
         """Platform role: jobs for whatever has none and should, and how many. One process at a time."""

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import and_, case, func, or_, select, text, tuple_, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, text, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -16,15 +16,23 @@ from app.audit.events import Event, EventType
 from app.caller import Caller
 from app.runs.context import RunContext
 from app.runs.models import Content, Run, ToolCall
-from app.runs.state import Ending, Outcome, RunKind, State, StopCause
+from app.runs.state import INTERNAL, Ending, Outcome, RunKind, State, StopCause
 from app.writes import insert_into, later
+
+# The transactions that let runs of a tenant run, by the policy that they find: what stops all of these runs waits.
+BEGINNING: Final = "bulkhead_runs_begin"
 
 # No ending of ours leaves one: each settles in its own transaction.
 _LEFT_RESERVED: Final = text("""
 select b.tenant_id, b.run_id from budget_reservations b
 join runs r on r.tenant_id = b.tenant_id and r.id = b.run_id
-where r.state <> 'running'
+where r.state <> 'running' and b.tenant_id = :tenant_id
 limit :limit
+""")
+_TENANTS_LEFT_RESERVED: Final = text("""
+select b.tenant_id from budget_reservations b
+join runs r on r.tenant_id = b.tenant_id and r.id = b.run_id
+where r.state <> 'running'
 """)
 
 # By the database's clock.
@@ -99,9 +107,7 @@ async def give_back(session: AsyncSession, run: RunContext, *, has_died: bool) -
 
 async def _leave(session: AsyncSession, run: RunContext, state: State, **values: Any) -> bool:
     tokens = {"input_tokens": run.input_tokens, "output_tokens": run.output_tokens}
-    # One that begins in the queue ends there, where it may not run.
-    is_under_way = Run.state.in_([State.QUEUED, State.RUNNING])
-    is_ours = and_(Run.id == run.run_id, is_under_way, Run.attempt == run.attempt)
+    is_ours = and_(Run.id == run.run_id, Run.state == State.RUNNING, Run.attempt == run.attempt)
     statement = update(Run.table()).where(is_ours).values(state=state, lease_until=None, **tokens, **values)
     return await session.scalar(statement.returning(Run.id)) is not None
 
@@ -141,6 +147,22 @@ async def claim(session: AsyncSession, run_id: UUID, *, lease_s: float, policy_v
         .returning(Run.attempt)
     )
     return await session.scalar(statement)
+
+
+async def count_death(session: AsyncSession, run_id: UUID) -> Run | None:
+    """Count one more of a run that is queued, or whose process is dead; give it where it is queued."""
+    is_free = or_(Run.state == State.QUEUED, and_(Run.state == State.RUNNING, Run.lease_until < func.now()))
+    statement = update(Run).where(Run.id == run_id, Run.kind == RunKind.BACKGROUND, is_free)
+    run = await session.scalar(statement.values(deaths=Run.deaths + 1).returning(Run))
+    return run if run is not None and run.state == State.QUEUED else None
+
+
+async def fail_queued(session: AsyncSession, run_id: UUID) -> bool:
+    """End a run that is queued for a defect of ours; False where it is not."""
+    values = {"state": INTERNAL.state, "code": INTERNAL.code, "finished_at": func.now()}
+    ends = update(Run).where(Run.id == run_id, Run.state == State.QUEUED)
+    ended = ends.values(**values, deferred_at=None, lease_until=None).returning(Run.id)
+    return await session.scalar(ended) is not None
 
 
 async def cancel_idle(session: AsyncSession, run_id: UUID, cause: StopCause) -> State | None:
@@ -204,16 +226,28 @@ class Interrupted:
     journalled: Sequence[Journalled]
 
 
-async def interrupt_expired(session: AsyncSession, *, attempts: int, limit: int = 500) -> Sequence[Interrupted]:
-    """Platform role: end the runs whose process died, with what they had under way.
+def _expired(attempts: int) -> ColumnElement[bool]:
+    is_lost = or_(Run.kind == RunKind.INTERACTIVE, Run.deaths + 1 >= attempts, _IS_DISABLED)
+    return and_(Run.state == State.RUNNING, Run.lease_until < func.now(), is_lost)
+
+
+async def tenants_left(session: AsyncSession, *, attempts: int) -> set[UUID]:
+    """Platform role: of whom there are runs to end, or to settle, that processes have left."""
+    expired = (await session.scalars(select(Run.tenant_id).where(_expired(attempts)).distinct())).all()
+    return {*expired, *(await session.scalars(_TENANTS_LEFT_RESERVED)).all()}
+
+
+async def interrupt_expired(
+    session: AsyncSession, tenant_id: UUID, *, attempts: int, limit: int = 500
+) -> Sequence[Interrupted]:
+    """Platform role: end the tenant's runs whose process died, with what they had under way.
 
     Those in the background are taken up again instead, until so many of their processes have died; those of a
     disabled user, which may not go on, are not: nobody can even read them once the user is erased.
     """
-    is_lost = or_(Run.kind == RunKind.INTERACTIVE, Run.deaths + 1 >= attempts, _IS_DISABLED)
     expired = (
         select(Run.tenant_id, Run.id)
-        .where(Run.state == State.RUNNING, Run.lease_until < func.now(), is_lost)
+        .where(Run.tenant_id == tenant_id, _expired(attempts))
         .order_by(Run.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -252,9 +286,9 @@ async def _journalled(session: AsyncSession, run_ids: Sequence[UUID]) -> Mapping
     return found
 
 
-async def left_reserved(session: AsyncSession, *, limit: int = 500) -> Sequence[tuple[UUID, UUID]]:
-    """Platform role: runs (tenant, run) that have ended, whoever ended them, and still have something reserved."""
-    rows = await session.execute(_LEFT_RESERVED, {"limit": limit})
+async def left_reserved(session: AsyncSession, tenant_id: UUID, *, limit: int = 500) -> Sequence[tuple[UUID, UUID]]:
+    """Platform role: the tenant's runs (tenant, run) that have ended, however, and still have something reserved."""
+    rows = await session.execute(_LEFT_RESERVED, {"tenant_id": tenant_id, "limit": limit})
     return [(row.tenant_id, row.run_id) for row in rows.all()]
 
 

@@ -16,7 +16,8 @@ from app.runs.agent.executor import Executor
 from app.runs.context import RunContext
 from app.runs.lifecycle import observing
 from app.runs.lifecycle.closing import Closing
-from app.runs.lifecycle.opening import Opened, Opening, Question, Unclaimed
+from app.runs.lifecycle.opening import Opened, Opening, Question
+from app.runs.lifecycle.queued import Unclaimed
 from app.runs.state import DATABASE_LOST, GIVEN_BACK, WAITING, Ending, StopCause
 from app.telemetry.metrics import count_run
 
@@ -118,6 +119,10 @@ class RunService:
 
     async def _carry_out(self, opened: Opened) -> Ending:
         """Execute a run that has begun, and record what became of it."""
+        with self._executor.holding(opened.run):
+            return await self._carried_out(opened)
+
+    async def _carried_out(self, opened: Opened) -> Ending:
         run = opened.run
         ending, cause = await self._executor.execute(run, opened)
         if ending is WAITING:
@@ -128,8 +133,12 @@ class RunService:
 
     async def submit(self, caller: Caller, policy: ActivePolicy, question: Question) -> Submitted:
         """Put a query into the queue of background runs, or record why it may not be there. Raise TooManyRuns."""
+        began = time.monotonic()
         verdict = await self._opening.screen(caller, policy, question.text)
-        return Submitted(question.run_id, await self._opening.enqueue(caller, policy, question, verdict))
+        ending = await self._opening.enqueue(caller, policy, question, verdict)
+        if ending is not None:
+            count_run(caller.tenant_id, ending.state.value, ending.code, seconds=time.monotonic() - began)
+        return Submitted(question.run_id, ending)
 
     async def work(self, tenant_id: UUID, run_id: UUID) -> Worked:
         """Take up a run of the queue and carry it to where it ends, or waits. Raise what the database raises."""
@@ -145,7 +154,7 @@ class RunService:
         task = asyncio.create_task(self._worked(opened), name=f"work {run_id}")
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
-        task.add_done_callback(partial(_count, began))
+        task.add_done_callback(partial(_count, began - opened.age_s))
         await asyncio.shield(task)
         return Worked.DONE
 

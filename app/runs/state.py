@@ -21,6 +21,10 @@ class State(StrEnum):
     INTERRUPTED = "interrupted"
 
 
+# Where something went wrong, or a limit was reached.
+FAILURES: Final = frozenset({State.FAILED, State.TIMED_OUT, State.INTERRUPTED})
+
+
 class RunKind(StrEnum):
     """Who executes a run: the process that was asked, for somebody who waits, or a worker that resumes what died."""
 
@@ -32,7 +36,7 @@ class RunKind(StrEnum):
 class Ending:
     """How a run ends: its state, a stable code (None for success), the answer's HTTP status, and a message.
 
-    `limit` is the budget that had no room, where it was one.
+    `limit` is the budget that had no room, where it was one; `cause` what stopped the run from outside.
     """
 
     state: State
@@ -40,6 +44,7 @@ class Ending:
     http_status: int
     detail: str = ""
     limit: str | None = None
+    cause: StopCause | None = None
 
     @property
     def answers(self) -> bool:
@@ -87,9 +92,10 @@ class StopCause(StrEnum):
     CLIENT_GONE = "client_gone"
 
 
-def cancelled(cause: StopCause) -> Ending:
-    """The ending of a run that was stopped from outside."""
-    return Ending(State.CANCELLED, "cancelled", 409, f"The run was cancelled: {cause.value.replace('_', ' ')}.")
+def cancelled(cause: StopCause | None) -> Ending:
+    """The ending of a run that was stopped from outside; None where nobody knows any more by what."""
+    because = "" if cause is None else f": {cause.value.replace('_', ' ')}"
+    return Ending(State.CANCELLED, "cancelled", 409, f"The run was cancelled{because}.", cause=cause)
 
 
 class Outcome(StrEnum):

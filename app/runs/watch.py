@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
+from uuid import UUID
 
 import structlog
 from sqlalchemy import text
@@ -30,6 +31,7 @@ from app.telemetry.metrics import count_run
 
 _log = structlog.get_logger()
 _REAP_EVERY_S: Final = 2.0
+_DATABASE_LOST: Final = (SQLAlchemyError, OSError, TimeoutError)
 # A process that has stalled may hold what its runs lock, and this one's must be renewed and stopped meanwhile.
 _IMPATIENTLY: Final = text("set local lock_timeout = '500ms'")
 # A tenant's generation changes with all that its live servers were started by: its policy, its switches, its status.
@@ -45,7 +47,10 @@ where t.id = any(:tenants)
 
 
 class Watch:
-    """One loop a process. It asks the database, not a notification, so that a lost connection delays nothing."""
+    """Two loops a process: while one waits for what others hold of dead runs, this one's are renewed and stopped.
+
+    They ask the database, not a notification, so that a lost connection delays nothing.
+    """
 
     def __init__(
         self,
@@ -63,29 +68,35 @@ class Watch:
         self._every_s = every_s
         self._lease_s = lease_s
         self._attempts = attempts
+        self._renewed = float("-inf")
 
     async def keep(self) -> None:
         """Go on until cancelled; a database that does not answer is asked again."""
-        renewed = reaped = float("-inf")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._again(self._look, every_s=self._every_s))
+            group.create_task(self._again(self.reap, every_s=_REAP_EVERY_S))
+
+    async def _again(self, work: Callable[[], Awaitable[None]], *, every_s: float) -> None:
         while True:
             try:
-                now = time.monotonic()
-                if now - renewed >= self._lease_s / 3 and await self._renew():
-                    renewed = now
-                await self._stop_ordered()
-                await self._end_outdated()
-                if now - reaped >= _REAP_EVERY_S:
-                    reaped = now
-                    await self.reap()
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                await work()
+            except _DATABASE_LOST as error:
                 _log.warning("watch.database_unavailable", error=type(error).__name__)
             except Exception:  # noqa: BLE001  one run's defect must not keep the others from being stopped
                 _log.exception("watch.failed")
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(every_s)
+
+    async def _look(self) -> None:
+        """Over the runs of this process, and its servers."""
+        now = time.monotonic()
+        if now - self._renewed >= self._lease_s / 3 and await self._renew():
+            self._renewed = now
+        await self._stop_ordered()
+        await self._end_outdated()
 
     async def _renew(self) -> bool:
         """Whether that was said of all; what somebody has just locked is soon tried again."""
-        claims = [(run_id, run.attempt) for run_id, run in self._executor.in_flight().items()]
+        claims = list(self._executor.held)
         if not claims:
             return True
         async with self._platform.transaction() as session:
@@ -118,18 +129,38 @@ class Watch:
     async def reap(self) -> None:
         """End the runs whose lease has run out and that nobody takes up, each with its event."""
         async with self._platform.transaction() as session:
+            tenants = await repository.tenants_left(session, attempts=self._attempts)
+        for tenant_id in tenants:
+            await self._reap_of(tenant_id)
+
+    async def _reap_of(self, tenant_id: UUID) -> None:
+        """Each tenant's by themselves: an account that somebody holds keeps no other's runs from their end."""
+        try:
+            interrupted = await self._interrupt(tenant_id)
+        except _DATABASE_LOST as error:
+            _log.warning("watch.not_reaped", tenant_id=str(tenant_id), error=type(error).__name__)
+            return
+        except Exception:  # noqa: BLE001  the other tenants' still end
+            _log.exception("watch.failed", tenant_id=str(tenant_id))
+            return
+        for ended in interrupted:
+            _log.warning("run.interrupted", tenant_id=str(tenant_id), run_id=str(ended.run_id))
+            count_run(tenant_id, State.INTERRUPTED.value, INTERRUPTED.code)
+
+    async def _interrupt(self, tenant_id: UUID) -> Sequence[Interrupted]:
+        async with self._platform.transaction() as session:
             await session.execute(_IMPATIENTLY)
-            interrupted = await repository.interrupt_expired(session, attempts=self._attempts)
+            interrupted = await repository.interrupt_expired(session, tenant_id, attempts=self._attempts)
             for ended in interrupted:
-                await audit.append(session, ended.tenant_id, *_endings(ended))
+                await audit.append(session, tenant_id, *_endings(ended))
                 told = {"status": INTERRUPTED.state, "code": INTERRUPTED.code}
-                await events.append(session, ended.tenant_id, ended.run_id, EventKind.RUN_FINISHED, told)
-                _log.warning("run.interrupted", tenant_id=str(ended.tenant_id), run_id=str(ended.run_id))
-                count_run(ended.tenant_id, State.INTERRUPTED.value, INTERRUPTED.code)
-            # Last, for it locks the tenants' accounts. What a dead process has used, nobody knows: all it had reserved.
-            spent = {run: Spent() for run in await repository.left_reserved(session)}
-            spent |= {(ended.tenant_id, ended.run_id): Spent(tools=tallies(ended.journalled)) for ended in interrupted}
+                await events.append(session, tenant_id, ended.run_id, EventKind.ERROR, {"code": INTERRUPTED.code})
+                await events.append(session, tenant_id, ended.run_id, EventKind.RUN_FINISHED, told)
+            # Last, for it locks the tenant's account. What a dead process has used, nobody knows: all it had reserved.
+            spent = {run: Spent() for run in await repository.left_reserved(session, tenant_id)}
+            spent |= {(tenant_id, ended.run_id): Spent(tools=tallies(ended.journalled)) for ended in interrupted}
             await budgets.settle(session, spent)
+        return interrupted
 
 
 def _endings(ended: Interrupted) -> Iterator[Event]:

@@ -310,8 +310,12 @@ class ServerPool:
             if entry.has_place:
                 self._places.give_back(entry.key.tenant_id)
 
+    def begin_run(self, run_id: UUID) -> None:
+        """Let this run have servers of its own, though it was over here before: it goes on, after it has waited."""
+        self._ended_runs.pop(run_id, None)
+
     def end_run(self, run_id: UUID) -> None:
-        """End the servers that are this run's alone: it is over, and gets no other."""
+        """End the servers that are this run's alone: it is over here, and gets no other unless it begins again."""
         self._ended_runs[run_id] = None
         if len(self._ended_runs) > _MAX_ENDED_RUNS:
             del self._ended_runs[next(iter(self._ended_runs))]

@@ -160,7 +160,8 @@ async def accept(database: Database, caller: Caller, quarantine_id: UUID, *, dig
         if (await _get(session, caller.tenant_id, quarantine_id)).digest != digest:
             raise ToolsChanged
         await _resolve(session, "accepted", Quarantine.id == quarantine_id, caller=caller)
-        data = {"quarantine_id": quarantine_id, "server": row.server, "digest": digest}
+        before = definitions.digest(_of(row.server, holding.pinned()))
+        data = {"quarantine_id": quarantine_id, "server": row.server, "before": before, "after": digest}
         event = Event(EventType.SERVER_TOOLS_ACCEPTED, actor_id=caller.user_id, data=data)
         await audit.append(session, caller.tenant_id, event)
 

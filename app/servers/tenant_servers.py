@@ -136,6 +136,10 @@ class TenantServers:
             detail = error.detail if isinstance(error, AppError) else f"The tool server {server!r} does not start now."
             raise ServerUnavailable(detail) from None
 
+    def begin_run(self, run_id: UUID) -> None:
+        """Let a run have servers of its own, also one that has left this process and comes back."""
+        self._pool.begin_run(run_id)
+
     def end_run(self, run_id: UUID) -> None:
         """End the servers that were this run's alone."""
         self._pool.end_run(run_id)

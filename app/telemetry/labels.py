@@ -30,15 +30,19 @@ class Names:
 tool: Final = Names()
 model: Final = Names(50)  # of the platform's catalogue, so few
 user: Final = Names(1_000)  # only where BULKHEAD_METRICS_USER_LABELS asks for them
-_shown: Final[set[str]] = set()
+_shown: Final[set[UUID]] = set()
 
 
 def show_tenants(tenants: Iterable[UUID]) -> None:
     """Give these tenants series of their own: BULKHEAD_METRICS_TENANTS, in this process from now on."""
-    _shown.update(map(str, tenants))
+    _shown.update(tenants)
+
+
+def shown() -> frozenset[UUID]:
+    """The tenants that have series of their own."""
+    return frozenset(_shown)
 
 
 def tenant(tenant_id: UUID) -> str:
     """The id of a tenant that the operator has named, else `other`."""
-    name = str(tenant_id)
-    return name if name in _shown else OTHER
+    return str(tenant_id) if tenant_id in _shown else OTHER

@@ -218,6 +218,23 @@ def _frames(error: BaseException, *, depth: int) -> Iterator[str]:
 
 
 @contextmanager
+def without(event: str) -> Iterator[None]:
+    """Inside the block no line of ours of that event goes out, whoever logs it."""
+
+    def drop(_logger: Any, _method: str, told: EventDict) -> EventDict:
+        if told["event"] == event:
+            raise structlog.DropEvent
+        return told
+
+    structlog.configure(processors=[drop, *structlog.get_config()["processors"]])
+    try:
+        yield
+    finally:
+        remaining = [processor for processor in structlog.get_config()["processors"] if processor is not drop]
+        structlog.configure(processors=remaining)
+
+
+@contextmanager
 def redacting(redact: Callable[[UUID, str], str]) -> Iterator[None]:
     """Inside the block a line that names a tenant goes out without what `redact` takes out of that tenant's texts.
 

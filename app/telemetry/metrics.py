@@ -20,12 +20,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no
 
 REQUESTS: Final = Counter(
     "mcp_requests_total",
-    "Queries by user and by how they ended: a run's state or a problem's code.",
+    "Queries by user and by how they ended: a run's state (queued: it goes on in the background) or a problem's code.",
     ["user", "status"],
 )
 REQUEST_SECONDS: Final = Histogram(
     "mcp_request_duration_seconds",
-    "Time from a query's arrival to its answer, in seconds.",
+    "Time from a query's arrival to its answer, in seconds; of those that wait for it.",
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
 VIOLATIONS: Final = Counter(
@@ -83,12 +83,12 @@ BUDGET_REFUSALS: Final = Counter(
 )
 BUDGET_TOKENS: Final = Gauge(
     "bulkhead_budget_tokens",
-    "Tokens of the day used or reserved, as last seen, of tenants that have series of their own.",
+    "Tokens of the day used or reserved, as last read, of tenants that have series of their own.",
     ["tenant"],
 )
 BUDGET_COST: Final = Gauge(
     "bulkhead_budget_cost_usd",
-    "USD of the day used or reserved, as last seen, of tenants that have series of their own.",
+    "USD of the day used or reserved, as last read, of tenants that have series of their own.",
     ["tenant"],
 )
 QUEUE_DEPTH: Final = Gauge("bulkhead_queue_depth", "Queries that wait in this process for their run to begin.")
@@ -201,6 +201,8 @@ LOG_LINES_LOST: Final = Counter(
 )
 BUILD: Final = Gauge("bulkhead_build_info", "What runs here; always 1.", ["version", "python"])
 _QUERIES: Final = frozenset({"/query", "/v1/query"})
+# Also queries, though what they are answered at once is no answer.
+_SUBMISSIONS: Final = "/v1/runs"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _KNOWN: Final = {
     VIOLATIONS: ("invalid_query", "rate_limit", "unauthenticated", "forbidden", "tool_denied"),
@@ -220,7 +222,9 @@ _count_http: Final = http_metrics(latency_lowr_buckets=(0.025, 0.1, 0.25, 0.5, 1
 def begin(version: str, templates: Iterable[str]) -> None:
     """Say what runs, and begin at zero what could be missed: a rate knows no first event of a series."""
     BUILD.labels(version, platform.python_version()).set(1)
-    RUNS.labels(labels.OTHER, "interrupted", "interrupted")
+    for tenant in (labels.OTHER, *map(str, labels.shown())):
+        for code in ("interrupted", "session_lost"):
+            RUNS.labels(tenant, "interrupted", code)
     for metric, values in _KNOWN.items():
         for value in values:
             metric.labels(value)
@@ -280,15 +284,16 @@ async def watch_loop() -> None:
 
 
 def count_query(info: Info) -> None:
-    """Count and time a query, whatever became of it: for the instrumentator, which sees every answer.
+    """Count a query, whatever became of it, and time one that waits for its answer: for the instrumentator.
 
-    `status` is the run's state or, where no run was begun, the code of the problem.
+    `status` is the run's state (of one in the background `queued`) or, where no run was begun, the code of the problem.
     """
-    if info.modified_handler not in _QUERIES or info.method != "POST":
+    if info.modified_handler not in _QUERIES | {_SUBMISSIONS} or info.method != "POST":
         return
     request = info.request
     with_users = request.app.state.settings.metrics_user_labels
     user = labels.user(getattr(request.state, "user_id", "unknown")) if with_users else "all"
     status = getattr(request.state, "run_state", None) or getattr(request.state, "problem", "internal")
     REQUESTS.labels(user, status).inc()
-    REQUEST_SECONDS.observe(info.modified_duration)
+    if info.modified_handler in _QUERIES:
+        REQUEST_SECONDS.observe(info.modified_duration)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers environments           # build what the peers need
     python -m benchmarks.peers run                    # about twenty minutes; --rounds 3 --seconds 4
-    python -m benchmarks.peers page RESULT.json       # put its figures into docs/performance.md
+    python -m benchmarks.peers page RESULT.json [START_COST.json]    # put their figures into docs/performance.md
 
 docs/performance.md says what is measured and how to read it.
 """
@@ -29,13 +29,15 @@ def main() -> None:
     run.add_argument("--latency-ms", type=int, nargs="*", default=[0, 500], help="of the model, one phase each")
     run.add_argument("--only", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), metavar="SYSTEM")
     run.add_argument("--loads", nargs="*", default=None, metavar="LOAD", help="such as '16 at once'")
-    commands.add_parser("page").add_argument("result", type=Path)
+    rewriting = commands.add_parser("page")
+    rewriting.add_argument("result", type=Path)
+    rewriting.add_argument("start", type=Path, nargs="?", help="a result of benchmarks/start_cost.py")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwind as for Ctrl-C: nothing is left running
     if given.command == "environments":
         _build()
     elif given.command == "page":
-        page.rewrite(given.result)
+        page.rewrite(given.result, given.start)
     else:
         comparison.run(
             given.only, rounds=given.rounds, seconds=given.seconds, latencies_ms=given.latency_ms, loads=given.loads

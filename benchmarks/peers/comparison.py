@@ -76,10 +76,10 @@ def run(
     """Measure, print, and write the result; the path of it."""
     with workplace() as work:
         machine = report.machine(work)
-        left_out = _left_out(names)
-        for reason in left_out.values():
+        missing = left_out(names)
+        for reason in missing.values():
             print(f"Left out: {reason}.")
-        names = [name for name in names if name not in left_out]
+        names = [name for name in names if name not in missing]
         phases = [
             _phase(work, names, latency_ms=latency, rounds=rounds, seconds=seconds, loads=loads)
             for latency in latencies_ms
@@ -90,7 +90,7 @@ def run(
         "made": f"{made:%Y-%m-%d %H:%M} UTC",
         "machine": machine,
         "versions": _versions(names),
-        "left_out": left_out,
+        "left_out": missing,
         "rounds": rounds,
         "seconds": seconds,
         "phases": phases,
@@ -129,8 +129,9 @@ def _profile(work: Path) -> dict[str, Any]:
     return {"cpu_ms": profile.cpu_ms, "layers": profile.layers_ms(), "steps": profile.steps_ms()}
 
 
-def _left_out(names: Sequence[str]) -> dict[str, str]:
-    found = {}
+def left_out(names: Sequence[str]) -> dict[str, str]:
+    """Why, of every system that will not be measured."""
+    found = {name: f"{name} was not asked for" for name in SYSTEMS if name not in names}
     for name in names:
         _, environment = SYSTEMS[name]
         try:

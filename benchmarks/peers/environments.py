@@ -50,8 +50,11 @@ class Environment:
             return
         python = self._python()
         print(f"Installing {self._pins.relative_to(ROOT)} into .venv/peers/{self.name}; once, about a minute.")
-        subprocess.run([python, "-m", "venv", "--clear", str(stamp.parent)], check=True)
-        subprocess.run([self.program("python"), *_INSTALL, "--require-hashes", "-r", str(self._pins)], check=True)
+        try:
+            subprocess.run([python, "-m", "venv", "--clear", str(stamp.parent)], check=True)
+            subprocess.run([self.program("python"), *_INSTALL, "--require-hashes", "-r", str(self._pins)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise Lacking(f"{self.name} {self.version} could not be installed") from error
         stamp.touch()
 
     @property

@@ -71,6 +71,10 @@ class Result:
     phases: Mapping[int, Phase]
     profile: Mapping[str, Any] | None
 
+    def has(self, system: str) -> bool:
+        """Whether it was asked with each latency of the model."""
+        return all(system in {row["system"] for rows in phase.rounds for row in rows} for phase in self.phases.values())
+
     @classmethod
     def read(cls, path: Path) -> Result:
         """Parse it."""
@@ -111,6 +115,10 @@ def asked(row: Row) -> float:
     return float(row["asked"])
 
 
+def answered(row: Row) -> float:
+    return asked(row) - errors(row)
+
+
 def errors(row: Row) -> float:
     return float(row["errors"])
 
@@ -122,7 +130,7 @@ def cpu(part: str) -> Figure:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What is wanted: a ratio, at most or at least."""
+    """What is wanted of a figure, at most or at least."""
 
     text: str
     wanted: float
@@ -157,4 +165,13 @@ def aims(phase: Phase) -> list[Aim]:
         *rates,
         Aim(f"p95, as times the best of {', '.join(SERVERS)}, {BUSY}", 0.5, is_floor=False, found=slowest),
         Aim(f"p50 of mcp-use with a client and a stdio server a request, as times ours, {ALONE}", 40, True, fresh),
+    ]
+
+
+def start_aims(told: Mapping[str, Mapping[str, float]] | None) -> list[Aim]:
+    """Of a result of benchmarks/start_cost.py; without one they are not measured."""
+    imported, ready = (told["import"]["times, cpu"], told["warm start"]["wall s"]) if told else (None, None)
+    return [
+        Aim("import of the API, CPU, as times that of its libraries", 1.2, is_floor=False, found=imported),
+        Aim("warm start until it is ready, s", 3, is_floor=False, found=ready),
     ]

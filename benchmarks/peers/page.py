@@ -1,14 +1,15 @@
-"""Puts a result into docs/performance.md: what stands between its markers, and its picture. Nothing is typed by hand.
+"""Puts results into docs/performance.md: what stands between its markers, and its picture. Nothing is typed by hand.
 
-`<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each section of `tables.sections`.
+`<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each section of `sections`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.peers import picture, tables
 from benchmarks.peers.figures import Result
@@ -19,11 +20,20 @@ PICTURE: Final = ROOT / "docs" / "images" / "peers.svg"
 _PLACE: Final = re.compile(r"<!-- figures: (?P<name>[\w ]+) -->\n.*?<!-- end of figures -->", re.DOTALL)
 
 
-def rewrite(path: Path) -> None:
-    """From the result at `path`; raises KeyError where the page wants what the result has not."""
+def rewrite(path: Path, start: Path | None) -> None:
+    """From the result at `path`, and that of start_cost at `start`.
+
+    Raises KeyError where the page wants what they have not.
+    """
     result = Result.read(path)
-    PAGE.write_text(filled(PAGE.read_text(), tables.sections(result)))
+    told = json.loads(start.read_text()) if start else None
+    PAGE.write_text(filled(PAGE.read_text(), sections(result, told)))
     PICTURE.write_text(picture.drawn(result.phases[0]))
+
+
+def sections(result: Result, start: Mapping[str, Any] | None) -> dict[str, str]:
+    """By name; the page has a place for each."""
+    return {"picture": picture.link(result.phases[0]), **tables.sections(result, start)}
 
 
 def filled(page: str, sections: Mapping[str, str]) -> str:

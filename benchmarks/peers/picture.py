@@ -11,7 +11,11 @@ from benchmarks.peers.figures import ALONE, BUSY, REUSED, SERVERS, Phase
 from benchmarks.subjects import BULKHEAD
 
 _SVG: Final = "http://www.w3.org/2000/svg"
-_SHOWN: Final = (BULKHEAD, REUSED, *SERVERS)
+_SHOWN: Final[Mapping[str, str]] = {
+    BULKHEAD: "Bulkhead",
+    REUSED: "mcp-use",
+    **dict(zip(SERVERS, ("agno", "LiteLLM", "aegra"), strict=True)),
+}
 _PANELS: Final[Mapping[str, tuple[str, str, figures.Figure]]] = {
     "Requests a second, 16 at once": ("longer is better", BUSY, figures.per_s),
     "CPU a request, 16 at once, ms": ("shorter is better; all processes", BUSY, figures.cpu("total")),
@@ -36,10 +40,20 @@ text { fill: #eceff1; }
 """
 
 
+def link(phase: Phase) -> str:
+    """What shows it in the page; its text names what is in it."""
+    return f"![Requests a second, CPU a request and median wait of {_named(phase)}](images/peers.svg)"
+
+
+def _named(phase: Phase) -> str:
+    *others, last = (told for name, told in _SHOWN.items() if name in phase.systems)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def drawn(phase: Phase) -> str:
     """Of the phase without latency."""
     height = _PANEL * len(_PANELS)
-    title = "Bulkhead with everything on, beside mcp-use bare, agno, LiteLLM and aegra: " + ", ".join(_PANELS).lower()
+    title = f"{_named(phase)}: {', '.join(_PANELS).lower()}"
     panels = [_panel(phase, title, number) for number, title in enumerate(_PANELS)]
     return "\n".join(
         [

@@ -8,10 +8,12 @@ from typing import Any, Final
 
 from benchmarks.peers import figures
 from benchmarks.peers.figures import ALONE, BUSY, Aim, Phase, Result, Row
+from benchmarks.peers.systems import SYSTEMS
 from benchmarks.subjects import BULKHEAD
 
 _RATES: Final = ("5 a second", "15 a second", "30 a second")
 _QUANTILES: Final = (figures.p50, figures.p95, figures.p99)
+_FEWEST: Final = 100  # of no more in a block, p99 is the slowest
 _QUIET: Final = 0.2
 _BUSY_MACHINE: Final = "**The machine was busy with other work: what follows shows the form, and measures nothing.**"
 _PARTS: Final = {
@@ -31,12 +33,12 @@ def line(row: Row) -> str:
     )
 
 
-def sections(result: Result) -> dict[str, str]:
-    """By name; docs/performance.md has a place for each."""
+def sections(result: Result, start: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """By name; docs/performance.md has a place for each. `start` is a result of benchmarks/start_cost.py."""
     found = {"machine": _machine(result), "left out": _left_out(result)}
     if quick := result.phases.get(0):
         found |= {
-            "aims": _aims(figures.aims(quick)),
+            "aims": _aims([*figures.aims(quick), *figures.start_aims(start)]),
             "one at a time": _closed(quick, ALONE),
             "sixteen at once": _closed(quick, BUSY),
             "cpu": _cpu(quick),
@@ -74,7 +76,10 @@ def _machine(result: Result) -> str:
 
 
 def _left_out(result: Result) -> str:
-    return "\n".join(f"Left out: {reason}." for reason in result.left_out.values()) or "No system was left out."
+    """Who was not measured, whatever the result says of it."""
+    missing = [name for name in SYSTEMS if not result.has(name)]
+    told = [f"Left out: {result.left_out.get(name, f'{name} was not measured')}." for name in missing]
+    return "\n".join(told) or "No system was left out."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -100,11 +105,18 @@ def _number(value: float | None, digits: int | None = None) -> str:
 
 def _closed(phase: Phase, load: str) -> str:
     def row(system: str) -> list[str]:
-        found = [phase.median(system, load, figure) for figure in (*_QUANTILES, figures.per_s)]
+        found = [*_quantiles(phase, system, load), phase.median(system, load, figures.per_s)]
         counts = [phase.total(system, load, count) for count in (figures.asked, figures.errors)]
         return [*map(_number, found), *(f"{count:,.0f}" for count in counts)]
 
     return _by_system(phase, ["p50", "p95", "p99", "requests/s", "requests", "errors"], row)
+
+
+def _quantiles(phase: Phase, system: str, load: str) -> list[float | None]:
+    """None for p99 where it would be the slowest request."""
+    p50, p95, p99 = (phase.median(system, load, figure) for figure in _QUANTILES)
+    answered = [figures.answered(row) for row in phase.rows(system, load)]
+    return [p50, p95, p99 if min(answered, default=0) > _FEWEST else None]
 
 
 def _cpu(phase: Phase) -> str:
@@ -130,8 +142,8 @@ def _pss(phase: Phase, system: str) -> str:
 
 def _open(phase: Phase, rates: Sequence[str]) -> str:
     def cell(system: str, rate: str) -> str:
-        found = [phase.median(system, rate, figure) for figure in _QUANTILES]
-        return "not asked" if None in found else " / ".join(map(_number, found))
+        found = [each for each in _quantiles(phase, system, rate) if each is not None]
+        return " / ".join(map(_number, found)) or "not asked"
 
     return _by_system(
         phase, [f"{rate}: p50 / p95 / p99" for rate in rates], lambda name: [cell(name, r) for r in rates]

@@ -24,6 +24,7 @@ from app.runs.conversations import repository as conversations
 from app.tenants import keys as tenant_keys
 from app.tenants import repository as tenants
 from tests.attacks.hijacked import POLICY, HijackedModel
+from tests.openapi import crashing
 from tests.service import Client, Databases, Service, Tenant, new_client, running_service
 
 NONCE = secrets.token_hex(16)
@@ -176,7 +177,7 @@ async def test_a_conversation_of_another_user_is_not_shown(attacked: Service, mo
         assert await shown_to(stranger) == (404, False)
     walls = await _walls_around(attacked, tenant)
     for alone, status in (("thread", 404), ("turns", 200), ("key", 500)):
-        with _down(wall for name, wall in walls.items() if name != alone):
+        with _down(wall for name, wall in walls.items() if name != alone), crashing():
             assert await shown_to(colleague) == (status, False), f"the wall around its {alone} does not hold alone"
     with _down(walls.values()):
         assert await shown_to(colleague) == (200, True), "the attack proves nothing: it fails with all walls down"
@@ -240,4 +241,5 @@ async def test_another_tenants_things_do_not_exist(
         return dataclasses.replace(urls, app=postgres.url("postgres", database))
 
     async with running_service(without_row_level_security, tmp_path, model=model.endpoint) as open_service:
-        assert await _stolen(open_service, model) != []
+        with crashing():  # some of what is found does not open
+            assert await _stolen(open_service, model) != []

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from app.audit import export
 from app.audit.heads import HeadFile
 from app.audit_cli.commands import audit
+from app.caller import PLATFORM_TENANT
 from app.settings import Settings
 from tests.audit.chains import Ground
 from tests.service import Databases, Service, running_service
@@ -51,6 +52,8 @@ async def written(ground: Ground, tenant_id: UUID, folder: Path) -> tuple[Path, 
 
 async def test_a_database_is_verified_and_the_first_broken_row_named(ground: Ground, tmp_path: Path) -> None:
     tenant_id, other = await ground.sealed(12), await ground.sealed(3)
+    await ground.fill(PLATFORM_TENANT, 3)
+    await ground.sealer().finish()
     _, heads, keys = await written(ground, tenant_id, tmp_path)
     trusting = "verify", "--heads", heads, "--keys", keys
     whole = await run(ground, *trusting, with_keys=False)
@@ -66,9 +69,30 @@ async def test_a_database_is_verified_and_the_first_broken_row_named(ground: Gro
     broken = await run(ground, *trusting)
     assert broken.exit_code == 1
     assert f"BROKEN: tenant {tenant_id}, row 7: the hash does not follow" in broken.output
+    assert "may have been cut off" in (await run(ground, "verify")).output, "whether or not all holds"
     assert f"tenant {other}: rows 1 to 3 hold" in broken.output
     assert (await run(ground, "verify", "--tenant", str(other))).exit_code == 0
     await ground.as_superuser(("delete from audit_chain where tenant_id = :id", {"id": tenant_id}))
+
+
+WIPE: Final = [f"delete from audit_{table}" for table in ("events", "pending", "chain", "heads", "checkpoints")]  # noqa: S608  the tables are the test's
+
+
+async def test_a_record_that_was_wiped_does_not_hold(ground: Ground, tmp_path: Path) -> None:
+    await ground.as_superuser(*WIPE)  # what other tests have broken, too
+    await ground.fill(PLATFORM_TENANT, 3)
+    tenant_id = await ground.sealed(3)
+    _, heads, _ = await written(ground, tenant_id, tmp_path)
+    assert (await run(ground, "verify")).exit_code == 0, "the control"
+    await ground.as_superuser(*WIPE)
+    wiped = await run(ground, "verify")
+    assert wiped.exit_code == 1
+    assert f"BROKEN: tenant {PLATFORM_TENANT}, there is no row of the platform" in wiped.output
+    assert "may have been cut off" in wiped.output
+    told = await run(ground, "verify", "--heads", heads)
+    assert (told.exit_code, f"BROKEN: tenant {tenant_id}, row 1: there is no chain" in told.output) == (1, True)
+    await ground.fill(PLATFORM_TENANT, 3)
+    await ground.sealer().finish()
 
 
 async def test_an_export_is_verified_without_the_database(ground: Ground, tmp_path: Path) -> None:

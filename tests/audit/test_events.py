@@ -6,7 +6,6 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any, Final
 from uuid import UUID
 
@@ -14,7 +13,6 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from app.audit import aggregate
 from app.audit.aggregate import MinuteCounts
 from app.audit.events import EventType
 from app.auth.keys import mint
@@ -179,14 +177,6 @@ async def test_the_record_is_paged_newest_first_and_by_run(service: Service, ask
 # Failed logins
 
 
-@pytest.fixture
-def minute(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the test moves, in seconds; only the counting of refusals looks at it."""
-    now = [1_000_020.0]
-    monkeypatch.setattr(aggregate, "time", SimpleNamespace(time=lambda: now[0]))
-    return now
-
-
 async def failed_logins(service: Service, tenant: Tenant | None = None) -> list[dict[str, Any]]:
     events = await (tenant.admin if tenant else service.platform).events()
     return [event for event in events if event["type"] == "auth.failed"]
@@ -328,6 +318,17 @@ def test_a_flood_across_the_turn_of_a_minute_loses_no_count(minute: list[float])
     minute[0] += 60
     taken += taken_from(counts)
     assert (firsts + taken, firsts) == (3_000, 6)
+
+
+def test_at_the_end_the_minute_under_way_is_counted_too(minute: list[float]) -> None:
+    counts: MinuteCounts[str] = MinuteCounts()
+    for _ in range(3):
+        is_first(counts, "address")
+    minute[0] += 30
+    assert (taken_from(counts), counts.untold) == (0, 2)
+    with counts.finished(at_end=True) as finished:
+        assert finished == [("address", 2)]
+    assert counts.untold == 0
 
 
 def test_a_flood_of_keys_is_bounded_in_memory(minute: list[float]) -> None:

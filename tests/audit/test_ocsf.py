@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from app.audit import ocsf
 from app.audit.events import EventType
+from app.audit.vocabulary import VOCABULARY
+from app.runs.state import Outcome as CallOutcome
+from app.runs.state import State
+from app.secrets.providers.reading import Outcome as SecretOutcome
 
+DOCUMENT: Final = Path(__file__).resolve().parents[2] / "docs" / "audit.md"
 ID: Final = "01a20520-3df6-74ba-be68-febaa59cc10c"
 # Required attributes, at-least-one constraints and activities, from github.com/ocsf/ocsf-schema at its tag 1.3.0:
 # events/base_event.json with includes/{classification,occurrence}.json, then each class with those that it extends.
@@ -139,20 +147,25 @@ def test_what_lacks_something_is_found() -> None:
         (ours("user.disabled"), 3001, 5, 1, 1),
         (ours("user.role_changed"), 3001, 99, 1, 1),
         (ours("policy.created"), 6003, 1, 1, 1),
-        (ours("secret.accessed", outcome="failed"), 6003, 2, 2, 2),
+        (ours("auth.slowed"), 3002, 1, 2, 2),
+        (ours("secret.accessed", outcome="read"), 6003, 2, 1, 1),
+        (ours("secret.accessed", outcome="unusable"), 6003, 2, 2, 2),
         (ours("workspace.file_written"), 6003, 3, 1, 1),
         (ours("key.revoked"), 6003, 4, 1, 1),
         (ours("run.finished", state="succeeded"), 6003, 99, 1, 1),
         (ours("run.finished", state="timed_out"), 6003, 99, 2, 2),
         (ours("tool.decided"), 6003, 99, 1, 1),
-        (ours("tool.decided", decision="denied"), 2004, 1, 2, 3),
+        (ours("tool.decided", decision="denied"), 2004, 1, 1, 3),
         (ours("query.screened", allowed=True), 6003, 99, 1, 1),
-        (ours("query.screened", allowed=False), 2004, 1, 2, 3),
+        (ours("query.screened", allowed=False), 2004, 1, 1, 3),
         (ours("egress.opened"), 4001, 1, 1, 1),
         (ours("egress.closed"), 4001, 2, 1, 1),
-        (ours("egress.closed", ended="unreachable"), 4001, 4, 1, 1),
-        (ours("egress.refused"), 2004, 1, 2, 3),
-        (ours("rate_limit.exceeded"), 2004, 1, 2, 2),
+        (ours("egress.closed", ended="unreachable"), 4001, 4, 2, 2),
+        (ours("egress.closed", ended="broken"), 4001, 2, 2, 2),
+        (ours("egress.refused"), 2004, 1, 1, 3),
+        (ours("egress.refused_more"), 2004, 1, 1, 3),
+        (ours("error.raised"), 6003, 99, 2, 2),
+        (ours("rate_limit.exceeded"), 2004, 1, 1, 2),
         (ours("server.quarantined"), 2004, 1, 1, 4),
     ],
     ids=lambda value: value["type"] if isinstance(value, dict) else str(value),
@@ -163,6 +176,42 @@ def test_an_event_is_in_the_class_that_fits(
     event = ocsf.event(body)
     found = (event["class_uid"], event["activity_id"], event["status_id"], event["severity_id"])
     assert found == (kind, activity, status, severity)
+
+
+def _ends_of_links() -> list[str]:
+    """As the document of the record lists them."""
+    (listed,) = re.findall(r"`ended` of\s+`egress\.closed`: (.*?)\.\s", DOCUMENT.read_text(), re.DOTALL)
+    return re.findall(r"`(\w+)`", listed)
+
+
+# What says how something went: the field, all that may stand there, and what is no failure.
+SAYINGS: Final[dict[str, tuple[str, Iterable[str], set[str]]]] = {
+    "secret.accessed": ("outcome", SecretOutcome, {"read"}),
+    "tool.finished": ("outcome", CallOutcome, {"succeeded"}),
+    "run.finished": ("state", State, {"succeeded"}),
+    "egress.closed": ("ended", _ends_of_links(), {"done"}),
+}
+
+
+@pytest.mark.parametrize("kind", SAYINGS)
+def test_only_what_went_well_is_a_success(kind: str) -> None:
+    name, values, good = SAYINGS[kind]
+    successes = {str(value) for value in values if ocsf.event(ours(kind, **{name: str(value)}))["status_id"] == 1}
+    assert successes == good
+    assert len(list(values)) > len(good) + 2, "the control: there are failures"
+    assert ocsf.event(ours(kind, **{name: "something new"}))["status_id"] == 2
+
+
+def test_no_other_field_says_how_something_went() -> None:
+    """Whoever adds one adds what it says where it went well."""
+    fields = {
+        (kind.value, name) for kind, schema in VOCABULARY.items() for name in schema.fields if name in ocsf._WENT_WELL
+    }
+    assert fields == {(kind, name) for kind, (name, _, _) in SAYINGS.items()} | {
+        ("query.screened", "allowed"),
+        ("tool.decided", "decision"),
+        ("approval.decided", "decision"),
+    }
 
 
 def test_addresses_and_hosts_can_be_looked_for() -> None:

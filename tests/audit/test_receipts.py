@@ -12,18 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.audit import chain
 from app.audit.signing import Signers
+from app.embedded.postgres import EmbeddedPostgres
 from app.keyring import Keyring, new_entry
-from tests.audit.sealing import receipt_of
-from tests.service import Service, Tenant
+from tests.audit.sealing import all_sealed, receipt_of
+from tests.service import POLICY, Service, Tenant
 
 SCRIPT: Final = Path(__file__).resolve().parents[2] / "docs" / "verify_receipt.py"
+WAITING: Final = POLICY.replace('"docs__*"]}', '"docs__*"], approve: [docs__read_file]}')
 Document = dict[str, Any]
 
 
@@ -97,8 +100,10 @@ async def test_a_receipt_has_every_event_of_its_run_and_verifies(issued: Issued,
     status, said = await verified(tmp_path, receipt, issued.keys)
     assert (status, said.partition(":")[0]) == (0, "VALID"), said
     assert "not looked at" in said
+    assert "That it ended as 'succeeded' under policy version 1 is not proven here" in said
     status, said = await verified(tmp_path, receipt, issued.keys, issued.export)
     assert (status, "are in the export" in said) == (0, True), said
+    assert f"VALID: run {run_id} of tenant {issued.tenant.id} ended as 'succeeded' under policy version 1." in said
 
 
 async def test_a_receipt_holds_no_text_of_an_event(issued: Issued) -> None:
@@ -160,6 +165,20 @@ DEFECTS: Final = {
 async def test_what_is_signed_and_wrong_is_found(issued: Issued, defect: str) -> None:
     change, why = DEFECTS[defect]
     assert why in failure(issued, resigned(issued, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [("state", "failed", "the run ended as 'succeeded'"), ("policy_version", 2, "its policy version was 1")],
+)
+async def test_a_headline_that_the_events_do_not_bear_out_is_found(
+    issued: Issued, tmp_path: Path, name: str, value: object, why: str
+) -> None:
+    forged = resigned(issued, _set(name, value=value))
+    status, said = await verified(tmp_path, forged, issued.keys)
+    assert (status, f"{value!r}" in said.partition("is not proven")[0]) == (0, True), "hashes alone do not tell"
+    status, said = await verified(tmp_path, forged, issued.keys, issued.export)
+    assert (status, why in said) == (1, True), said
 
 
 async def test_signing_again_is_not_what_fails_there(issued: Issued) -> None:
@@ -250,3 +269,94 @@ async def test_there_is_no_receipt_before_all_is_sealed(service: Service, issued
     assert (refused.status_code, refused.json()["code"]) == (409, "receipt_not_ready")
     assert refused.headers["retry-after"] == "1"
     assert (await receipt_of(tenant.user, run_id))["run_id"] == run_id
+
+
+async def test_there_is_no_receipt_of_a_run_that_is_queued_or_waits(service: Service, tmp_path: Path) -> None:
+    """All that is recorded of it may be sealed by then."""
+    tenant = await service.new_tenant(policy=WAITING, files={"note.md": "hello"})
+    queued = (await tenant.user.make("/v1/runs", json={"query": "What does note.md say?"}))["run_id"]
+    waiting = (await tenant.user.ask("What does note.md say?")).json()["run_id"]
+    await all_sealed(tenant.admin)
+    for run_id, state in ((queued, "queued"), (waiting, "waiting_approval")):
+        assert (await tenant.user.get(f"/v1/runs/{run_id}")).json()["status"] == state
+        refused = await tenant.user.get(f"/v1/runs/{run_id}/receipt")
+        assert (refused.status_code, refused.json()["code"]) == (409, "receipt_not_ready")
+        await tenant.user.post(f"/v1/runs/{run_id}/cancel")
+        receipt = await receipt_of(tenant.user, run_id)
+        assert (receipt["state"], receipt["policy_version"]) == ("cancelled", 1), "whose end names no policy"
+        keys = (await tenant.user.get("/.well-known/bulkhead-audit-keys.json")).json()
+        export = (await tenant.admin.get("/v1/audit/export")).text
+        assert (await verified(tmp_path, receipt, keys, export))[0] == 0
+
+
+# What a superuser changes beside the chain or in it
+
+
+async def as_superuser(service: Service, postgres: EmbeddedPostgres, statement: str, **values: object) -> None:
+    engine = create_async_engine(postgres.url("postgres", make_url(service.urls.app).database or ""))
+    async with engine.begin() as connection:
+        await connection.execute(text("set local session_replication_role = replica"))
+        await connection.execute(text(statement), values)
+    await engine.dispose()
+
+
+async def test_what_a_run_s_row_says_is_not_what_is_signed(
+    service: Service, issued: Issued, postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    run_id = (await issued.tenant.user.ask("What does note.md say?")).json()["run_id"]
+    forge = "update runs set state = 'failed', policy_version = 9 where id = :id"
+    await as_superuser(service, postgres, forge, id=UUID(run_id))
+    assert (await issued.tenant.user.get(f"/v1/runs/{run_id}")).json()["status"] == "failed", "the control"
+    receipt = await receipt_of(issued.tenant.user, run_id)
+    assert (receipt["state"], receipt["policy_version"]) == ("succeeded", 1)
+    export = (await issued.tenant.admin.get("/v1/audit/export")).text
+    assert (await verified(tmp_path, receipt, issued.keys, export))[0] == 0
+
+
+_TWIN: Final = """
+insert into audit_events (tenant_id, id, at, type, actor_id, run_id, body)
+select tenant_id, id, at - interval '1 second', type, actor_id, run_id, replace(body, 'succeeded', 'failed')
+from audit_events where tenant_id = :tenant_id and run_id = :id and type = 'run.finished'
+"""
+_EDIT: Final = """
+update audit_events set body = replace(body, 'succeeded', 'failed')
+where tenant_id = :tenant_id and run_id = :id and type = 'run.finished'
+"""
+_RENAME: Final = """
+update audit_events set type = 'run.finished'
+where tenant_id = :tenant_id and run_id = :id and type = 'query.screened'
+"""
+_DELETE: Final = "delete from audit_events where tenant_id = :tenant_id and run_id = :id and type = 'run.finished'"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        pytest.param(_EDIT, "record_changed", id="its end is edited"),
+        pytest.param(_RENAME, "record_changed", id="another event is named its end"),
+        pytest.param(_TWIN, "receipt_not_ready", id="another end under the same id"),
+        pytest.param(_DELETE, "receipt_not_ready", id="its end is deleted"),
+    ],
+)
+async def test_what_is_not_as_it_was_sealed_is_not_signed(
+    service: Service, issued: Issued, postgres: EmbeddedPostgres, change: str, code: str
+) -> None:
+    tenant = issued.tenant
+    run_id = (await tenant.user.ask("What does note.md say?")).json()["run_id"]
+    assert (await receipt_of(tenant.user, run_id))["state"] == "succeeded", "the control"
+    await as_superuser(service, postgres, change, tenant_id=UUID(tenant.id), id=UUID(run_id))
+    refused = await tenant.user.get(f"/v1/runs/{run_id}/receipt")
+    assert (refused.status_code, refused.json()["code"]) == (409, code)
+
+
+async def test_a_search_shows_no_forged_event_as_sealed(
+    service: Service, issued: Issued, postgres: EmbeddedPostgres
+) -> None:
+    """Another row under a sealed event's id, with the text that somebody would like to be read."""
+    run_id = (await issued.tenant.user.ask("What does note.md say?")).json()["run_id"]
+    await receipt_of(issued.tenant.user, run_id)
+    await as_superuser(service, postgres, _TWIN, tenant_id=UUID(issued.tenant.id), id=UUID(run_id))
+    found = await issued.tenant.admin.get("/v1/audit/events", params={"run_id": run_id, "type": "run.finished"})
+    seqs = {item["data"]["state"]: item["seq"] for item in found.json()["items"]}
+    assert seqs["failed"] is None
+    assert seqs["succeeded"] > 0, "the control"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -13,10 +14,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.audit import chain, export, receipts, retention
+from app.audit import chain, export, receipts, retention, stored
 from app.audit.events import Event, EventType, canonical
 from app.audit.exported import verify_export
-from app.audit.receipts import Subject
 from app.audit.retention import Retention
 from app.audit.verify import Break, Held
 from app.errors import NotFound
@@ -39,10 +39,25 @@ def keeping(ground: Ground, days: int = 400) -> Retention:
     return Retention(sealing=ground.sealing, database=ground.app, signers=ground.signers, days=days)
 
 
-async def aged(ground: Ground, tenant_id: UUID, count: int, age: timedelta, *, run_id: UUID | None = None) -> None:
+_RECEIVED: Final = Event(
+    EventType.QUERY_RECEIVED, data={"key_id": None, "conversation_id": None, "length": 1, "query_hmac": "0" * 64}
+)
+_ENDED: Final = Event(
+    EventType.RUN_FINISHED, data={"state": "succeeded", "code": None, "cause": None, "policy_version": 1}
+)
+
+
+async def aged(
+    ground: Ground,
+    tenant_id: UUID,
+    count: int,
+    age: timedelta,
+    *,
+    run_id: UUID | None = None,
+    event: Event = _RECEIVED,
+) -> None:
     """Events as the service would have written them then."""
-    data = {"key_id": None, "conversation_id": None, "length": 1, "query_hmac": "0" * 64}
-    event = Event(EventType.QUERY_RECEIVED, run_id=run_id, data=data)
+    event = replace(event, run_id=run_id)
     rows = []
     for number in range(count):
         at = datetime.now(UTC) - age + timedelta(milliseconds=number)
@@ -157,22 +172,82 @@ async def test_the_last_batch_stays_and_the_chain_goes_on_from_it(ground: Ground
 async def test_a_record_that_is_pruned_by_half_verifies_and_is_pruned_on(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each checkpoint goes as a whole: wherever the process dies, what is left follows one that is signed."""
+    monkeypatch.setattr(retention, "_BATCH", 5)
     tenant_id = await with_record(ground, old=10, young=3)
     cutoff = datetime.now(UTC) - timedelta(days=400)
-    await keeping(ground)._mark(tenant_id, cutoff)  # and here the process dies
-    for left in (9, 5):
+    for left in (8, 3):
+        await keeping(ground)._mark(tenant_id, cutoff)  # and here the process dies
+        assert isinstance(await ground.verified(tenant_id), Held)
         async with ground.sealing.transaction(tenant_id) as session:
-            await session.execute(text("select bulkhead_prune_audit(4)"))
+            await session.execute(text("select bulkhead_prune_audit(5)"))  # or here
         assert await count(ground, "audit_chain", tenant_id) == left
         assert isinstance(await ground.verified(tenant_id), Held)
-    monkeypatch.setattr(retention, "_BATCH", 1)
     await keeping(ground).prune()
     assert await count(ground, "audit_chain", tenant_id) == 3
-    assert await count(ground, "audit_checkpoints", tenant_id) == 1
+    assert await count(ground, "audit_checkpoints", tenant_id) == 2
     await seal(ground)
     pruned = "select count(*) from audit_events where tenant_id = :id and type = 'audit.pruned'"
-    assert (await ground.as_superuser((pruned, {"id": tenant_id})))[0][0] == 1
+    assert (await ground.as_superuser((pruned, {"id": tenant_id})))[0][0] == 2
     assert isinstance(await ground.verified(tenant_id), Held)
+
+
+async def test_what_is_more_than_a_checkpoint_takes_goes_in_several(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_BATCH", 5)
+    tenant_id = await with_record(ground, old=20, young=3)
+    assert await keeping(ground).prune() >= 20
+    assert await count(ground, "audit_checkpoints", tenant_id) == 4
+    assert await count(ground, "audit_chain", tenant_id) == 3
+    await seal(ground)
+    assert isinstance(await ground.verified(tenant_id), Held)
+
+
+# Under a checkpoint, where the rows have gone: an event, and a row of the chain that says that it was sealed.
+_UNDER: Final = """
+with forged as (
+    insert into audit_events (tenant_id, id, at, type, body)
+    values (:id, gen_random_uuid(), now() - interval '450 days', 'x', '{{}}') returning *
+)
+insert into audit_chain (tenant_id, seq, event_id, event_at, body_digest, hash)
+select tenant_id, :seq, id, at, sha256(convert_to(body, 'utf8')), {hash} from forged
+"""
+
+
+@pytest.mark.parametrize("hash_", ["sha256('x')", "(select hash from audit_checkpoints where tenant_id = :id)"])
+@pytest.mark.parametrize("seq", [1, 7, 10])
+async def test_what_is_forged_where_rows_have_gone_is_found(ground: Ground, seq: int, hash_: str) -> None:
+    tenant_id = await with_record(ground, old=10, young=3)
+    await keeping(ground).prune()
+    await seal(ground)
+    assert isinstance(await ground.verified(tenant_id), Held), "the control"
+    await ground.as_superuser((_UNDER.format(hash=hash_), {"id": tenant_id, "seq": seq}))
+    assert isinstance(await ground.verified(tenant_id), Break)
+
+
+@pytest.mark.parametrize("edit", ["body = body || ' '", "at = at - interval '1 second'"])
+async def test_what_a_checkpoint_covers_and_is_still_there_is_verified_as_well(ground: Ground, edit: str) -> None:
+    tenant_id = await with_record(ground, old=10, young=3)
+    await keeping(ground)._mark(tenant_id, datetime.now(UTC) - timedelta(days=400))
+    assert isinstance(await ground.verified(tenant_id), Held), "the control"
+    third = "id = (select event_id from audit_chain where tenant_id = :id and seq = 3)"
+    await ground.as_superuser((f"update audit_events set {edit} where tenant_id = :id and {third}", {"id": tenant_id}))  # noqa: S608  texts of our own
+    found = await ground.verified(tenant_id)
+    assert isinstance(found, Break)
+    assert found.seq == 3
+
+
+async def test_a_checkpoint_that_all_rows_are_gone_after_is_found(ground: Ground) -> None:
+    tenant_id = await with_record(ground, old=10, young=3)
+    await keeping(ground).prune()
+    for table in ("audit_events", "audit_pending", "audit_chain", "audit_heads"):
+        await ground.as_superuser((f"delete from {table} where tenant_id = :id", {"id": tenant_id}))  # noqa: S608  the tables are the test's
+    async with stored.reading(ground.reader) as connection:
+        assert tenant_id in await stored.tenants(connection)
+    found = await ground.verified(tenant_id)
+    assert isinstance(found, Break)
+    assert "no row comes after the checkpoint" in found.reason
 
 
 async def test_two_that_prune_at_once_leave_one_checkpoint(ground: Ground) -> None:
@@ -226,18 +301,19 @@ async def test_an_export_of_what_is_left_verifies_and_one_without_its_checkpoint
 
 async def test_a_run_that_is_pruned_has_no_receipt_any_more(ground: Ground) -> None:
     tenant_id, run_id = await ground.tenant(), uuid.uuid4()
-    await aged(ground, tenant_id, 2, OLD, run_id=run_id)
+    await aged(ground, tenant_id, 1, OLD, run_id=run_id)
+    await aged(ground, tenant_id, 1, OLD, run_id=run_id, event=_ENDED)
     await seal(ground)
     await date_back(ground, tenant_id, 2, OLD)
     await ground.fill(tenant_id, 1)
     await seal(ground)
-    subject = Subject(tenant_id, run_id, 1, "succeeded")
+    of = {"tenant_id": tenant_id, "run_id": run_id}
     async with ground.app.transaction(tenant_id) as session:
-        assert len((await receipts.receipt(session, ground.signers, subject))["rows"]) == 2
+        assert len((await receipts.receipt(session, ground.signers, **of))["rows"]) == 2
     await keeping(ground).prune()
     async with ground.app.transaction(tenant_id) as session:
         with pytest.raises(NotFound):
-            await receipts.receipt(session, ground.signers, subject)
+            await receipts.receipt(session, ground.signers, **of)
 
 
 async def test_the_command_prunes_as_the_service_does(ground: Ground) -> None:

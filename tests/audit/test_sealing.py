@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import pytest
@@ -16,7 +17,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from app.audit.verify import Held
+from app.audit import sealer as sealing
+from app.audit.verify import Break, Held
 from tests.audit.chains import Ground, new_signers
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -85,6 +87,76 @@ async def test_what_somebody_holds_of_one_tenant_holds_up_no_other(ground: Groun
         assert (await counts(ground, other))[1:] == (1, 0, 1)
     await ground.sealer().seal()
     assert (await counts(ground, held))[1:] == (1, 0, 1), "the control: nothing else was in its way"
+
+
+_TWIN: Final = """
+insert into audit_events (tenant_id, id, at, type, body)
+select tenant_id, id, at - interval '1 second', type, body from audit_events where tenant_id = :id
+"""
+_NO_EVENTS: Final = """
+insert into audit_pending select :id, cast(lpad(to_hex(n), 32, '0') as uuid), now() from generate_series(1, 20) n
+"""
+
+
+async def test_an_event_under_a_sealed_one_s_id_waits_and_holds_up_no_other(ground: Ground) -> None:
+    """The app role can add it, and the chain takes no id twice."""
+    tenant_id = await ground.sealed(20)
+    async with ground.app.transaction(tenant_id) as session:
+        await session.execute(text(_TWIN), {"id": tenant_id})
+    await ground.fill(tenant_id, 3)
+    await ground.sealer(batch=10).seal()
+    assert await counts(ground, tenant_id) == (43, 23, 20, 3)
+    found = await ground.verified(tenant_id)
+    assert isinstance(found, Break), "and it is told at once"
+    assert "a second time" in found.reason
+    await forget(ground, tenant_id)
+
+
+async def test_what_waits_and_is_no_event_holds_up_no_other(ground: Ground) -> None:
+    tenant_id = await ground.tenant()
+    await ground.as_superuser((_NO_EVENTS, {"id": tenant_id}))
+    await ground.fill(tenant_id, 3)
+    await ground.sealer(batch=10).seal()
+    assert await counts(ground, tenant_id) == (3, 3, 20, 1)
+    await forget(ground, tenant_id)
+
+
+async def test_the_lag_does_not_believe_what_the_queue_says_of_time(ground: Ground) -> None:
+    tenant_id = await ground.tenant(1)
+    await ground.as_superuser(
+        ("update audit_pending set at = timestamptz '2100-01-01' where tenant_id = :id", {"id": tenant_id})
+    )
+    await asyncio.sleep(0.3)
+    await ground.sealer().seal()
+    assert 0.3 <= (REGISTRY.get_sample_value("bulkhead_audit_seal_lag_seconds") or 0) < 60
+    await forget(ground, tenant_id)
+    await ground.sealer().seal()
+    assert REGISTRY.get_sample_value("bulkhead_audit_seal_lag_seconds") == 0, "the control"
+
+
+async def forget(ground: Ground, tenant_id: UUID) -> None:
+    """Nothing of this tenant waits any more."""
+    await ground.as_superuser(("delete from audit_pending where tenant_id = :id", {"id": tenant_id}))
+
+
+async def test_a_long_queue_is_read_in_its_order_and_no_further_than_a_batch(ground: Ground) -> None:
+    """Whatever the planner believes of its size: it may have been empty when it was looked at last."""
+    await ground.sealer().finish()
+    await ground.as_superuser("analyze audit_pending")
+    tenant_id = await ground.tenant(3_000)
+    explained = text(f"explain (analyze, format json, timing off) {sealing._EVENTS.text}")
+    async with ground.sealing.transaction(tenant_id) as session:
+        bound = explained.bindparams(sealing._TENANTS)
+        (plan,) = (await session.execute(bound, {"tenants": [tenant_id], "batch": 50})).scalar_one()
+    assert max(loops(plan["Plan"])) <= 100, plan
+    await ground.sealer().finish()
+
+
+def loops(node: dict[str, Any]) -> Iterator[float]:
+    """How often each part of a plan was done."""
+    yield node["Actual Loops"]
+    for child in node.get("Plans", ()):
+        yield from loops(child)
 
 
 async def test_many_sealers_at_once_make_one_chain(ground: Ground) -> None:

@@ -99,6 +99,50 @@ ATTACKS: Final[Mapping[str, tuple[int | None, str]]] = {
         )
         insert into audit_pending select tenant_id, id, at from forged""",
     ),
+    "an event is kept from the sealer by another time in its queue": (
+        None,
+        """with forged as (
+            insert into audit_events (tenant_id, id, at, type, body)
+            values ({tenant}, gen_random_uuid(), now(), 'x', '{{}}') returning *
+        )
+        insert into audit_pending select tenant_id, id, timestamptz '2100-01-01' from forged""",
+    ),
+    "an event is of a time to come, so that it never waits for long": (
+        None,
+        """with forged as (
+            insert into audit_events (tenant_id, id, at, type, body)
+            values ({tenant}, gen_random_uuid(), timestamptz '2100-01-01', 'x', '{{}}') returning *
+        )
+        insert into audit_pending select tenant_id, id, at from forged""",
+    ),
+    "the event of what waits is deleted": (
+        None,
+        "insert into audit_pending values ({tenant}, gen_random_uuid(), now())",
+    ),
+    "another event is put under a sealed one's id": (
+        None,
+        """insert into audit_events (tenant_id, id, at, type, body)
+        select tenant_id, id, at - interval '1 second', 'run.finished', '{{}}' from audit_events where id = {17}""",
+    ),
+    "another event waits under a sealed one's id": (
+        None,
+        """with forged as (
+            insert into audit_events (tenant_id, id, at, type, body)
+            select tenant_id, id, at - interval '1 second', 'run.finished', '{{}}' from audit_events where id = {17}
+            returning *
+        )
+        insert into audit_pending select tenant_id, id, at from forged""",
+    ),
+    "a row is put before the first": (
+        0,
+        """alter table audit_chain drop constraint ck_audit_chain_begins_at_one;
+        with forged as (
+            insert into audit_events (tenant_id, id, at, type, body)
+            values ({tenant}, gen_random_uuid(), now(), 'x', '{{}}') returning *
+        )
+        insert into audit_chain (tenant_id, seq, event_id, event_at, body_digest, hash)
+        select tenant_id, 0, id, at, sha256('x'), sha256('x') from forged""",
+    ),
 }
 
 
@@ -219,6 +263,25 @@ async def test_every_tenant_is_verified_that_anything_is_left_of(ground: Ground)
         assert set(tenants) <= await stored.tenants(connection)
     for tenant_id in tenants:
         assert isinstance(await ground.verified(tenant_id), Break)
+
+
+async def test_two_events_under_one_key_are_found(ground: Ground) -> None:
+    """Whoever owns the cluster may drop the key; the transaction is rolled back."""
+    tenant_id = await ground.sealed(3)
+    twin = "insert into audit_events (tenant_id, id, at, type, body) select tenant_id, id, at, type, '{}'"
+    async with ground.superuser.connect() as connection:
+        found = await stored.verify_tenant(connection, tenant_id, keys=ground.signers.public)
+        assert found == Held(tenant_id, 1, 3), "the control"
+        await connection.execute(text("set local session_replication_role = replica"))
+        await connection.execute(text("alter table audit_events drop constraint pk_audit_events"))
+        of_second = (
+            "where tenant_id = :id and id = (select event_id from audit_chain where tenant_id = :id and seq = 2)"
+        )
+        await connection.execute(text(f"{twin} from audit_events {of_second}"), {"id": tenant_id})
+        found = await stored.verify_tenant(connection, tenant_id, keys=ground.signers.public)
+        await connection.rollback()
+    assert isinstance(found, Break)
+    assert found.seq in {2, 3}
 
 
 async def test_verifying_writes_nothing(ground: Ground) -> None:

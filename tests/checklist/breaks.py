@@ -328,7 +328,7 @@ async def _loopback_for_tenants(at: At) -> Ground:
 # The database
 
 
-@breaks("database-roles", "fail", "the role app has bypassrls")
+@breaks("database-roles", "fail", "the role app has BYPASSRLS")
 async def _a_role_past_row_security(at: At) -> Ground:
     await at.sql_until("alter role bulkhead_app bypassrls", undo="alter role bulkhead_app nobypassrls")
     return at.ground
@@ -371,9 +371,9 @@ async def _a_plain_connection(at: At) -> Ground:
     return replace(at.ground, urls=DatabaseUrls(None, _ELSEWHERE, _ELSEWHERE, _ELSEWHERE))
 
 
-@breaks("owner-apart", "warn", "BULKHEAD_DATABASE_OWNER_URL is set where this runs")
+@breaks("owner-apart", "fail", "BULKHEAD_DATABASE_OWNER_URL is set where this runs")
 async def _the_owner_at_hand(at: At) -> Ground:
-    return at.set(database_owner_url=SecretStr(_ELSEWHERE))
+    return at.set(database_owner_url=SecretStr(_ELSEWHERE), tls_in_front=True)
 
 
 @breaks("backups", "fail", "last attempt to archive its log has failed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from pydantic import SecretStr
 
 from app.checklist import running
 from app.checklist.findings import Finding
@@ -75,6 +78,10 @@ async def _proxy(at: At) -> Ground:
     return at.set(tls_in_front=True)
 
 
+async def _owner_for_oneself(at: At) -> Ground:
+    return at.set(database_owner_url=SecretStr("postgresql+asyncpg://owner:0123456789@db.example/bulkhead"))
+
+
 async def _private_network(at: At) -> Ground:
     return at.set(trusted_proxies=(ip_network("10.0.0.0/8"),))
 
@@ -91,13 +98,14 @@ async def _sdk(at: At) -> Ground:
 @pytest.mark.parametrize(
     ("item", "status", "words", "make"),
     [
-        ("database-roles", "fail", "the role app has bypassrls", _heir),
-        ("database-roles", "fail", "the role sealer reaches the database server's files", _files),
+        ("database-roles", "fail", "the role app has BYPASSRLS", _heir),
+        ("database-roles", "fail", "the role sealer reaches the files or programs of the database's server", _files),
         ("row-security", "fail", "users shows rows of other tenants to a tenant", _other_tenants),
         ("trusted-hosts", "fail", "the service answered 429, and not because of the name", _too_many),
         ("docs-page", "fail", "the service answered 429", _too_many),
         ("docs-page", "fail", "the service answered 400", _another_name),
         ("docs-page", "warn", "is shown beyond this machine", _proxy),
+        ("owner-apart", "warn", "BULKHEAD_DATABASE_OWNER_URL is set where this runs", _owner_for_oneself),
         ("openings", "warn", "all of 10.0.0.0/8 is believed as a proxy", _private_network),
         ("dependencies-pinned", "fail", "pytest is ", _sdk),
     ],
@@ -116,3 +124,24 @@ async def test_a_proxys_own_network_and_a_page_that_is_not_there_are_nothing_to_
     ground = at.set(trusted_proxies=(ip_network("10.1.0.0/16"), ip_network("fd00:1::/64")))
     assert (await found("openings", ground)).status == "pass"
     assert (await found("docs-page", await at.answers(404, "{}"))).status == "pass"
+
+
+async def test_a_stranger_at_the_services_port_is_not_sent_the_token(at: At) -> None:
+    heard: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(hear, "127.0.0.1", 0) as server:
+        ground = replace(at.ground, url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        token = at.service.metrics_token.encode()
+        for process in (None, os.getppid()):
+            verdict = await found("metrics-token", replace(ground, process=process))
+            assert (verdict.status, "it was not sent the token" in verdict.detail) == ("fail", True)
+        assert len(heard) == 2
+        assert not any(token in each for each in heard)
+        verdict = await found("metrics-token", ground)
+        assert "answered 401 without the token and 401 with it" in verdict.detail
+        assert token in heard[-1], "the control: this process is the service's"

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.audit import stored
 from app.audit.verify import Break, Held
+from app.checklist import records
 from app.checklist.ground import connected
 from app.checklist.records import public_keys
 from app.embedded.postgres import EmbeddedPostgres
@@ -46,6 +47,22 @@ async def test_the_end_of_a_chain_is_verified_from_the_head_before_it(service: S
     assert isinstance(end, Held)
     assert isinstance(whole, Held)
     assert whole.first == 1 < end.first <= end.last == whole.last
+
+
+async def test_what_waits_until_a_time_to_come_is_told(
+    service: Service, tenant: Tenant, postgres: EmbeddedPostgres
+) -> None:
+    """A superuser keeps an event from the sealer by another time in its queue."""
+    await _sealed(service, tenant)
+    engine = create_async_engine(postgres.url("postgres", make_url(service.urls.app).database or ""))
+    async with engine.connect() as connection:
+        await connection.execute(text("delete from audit_pending"))
+        assert (await connection.execute(records._WAITING)).one() == (0, 0), "the control"
+        waits = "insert into audit_pending values (:id, gen_random_uuid(), timestamptz '2100-01-01')"
+        await connection.execute(text(waits), {"id": UUID(tenant.id)})
+        _, age_s = (await connection.execute(records._WAITING)).one()
+        assert age_s > stored.PATIENCE_S
+    await engine.dispose()
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import pytest
 
@@ -19,6 +24,7 @@ from app.checklist.service import report
 from app.checklist.upkeep import supported
 from app.embedded.machine import Machine
 from app.errors import ConfigurationError
+from app.sandbox.contract import NOBODY
 from app.settings import Settings
 
 GROUND = cast("Ground", SimpleNamespace())
@@ -148,3 +154,36 @@ def test_the_page_lists_every_item_as_it_is() -> None:
 )
 def test_the_command_reaches_a_service_wherever_it_listens(host: str, reached: str) -> None:
     assert beside.reached(host) == reached
+
+
+# Binds a port, becomes somebody, and says where it listens.
+_LISTENER: Final = """
+import os, socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+os.setuid(int(sys.argv[1]))
+print(listener.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def listener_of(user: int) -> Iterator[tuple[int, int]]:
+    """The process and port of a program of that user."""
+    argv = [sys.executable, "-I", "-c", _LISTENER, str(user)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.pid, int(process.stdout.readline())
+
+
+def test_a_program_of_ours_that_listens_at_the_port_is_taken_for_the_service(tmp_path: Path) -> None:
+    with listener_of(os.geteuid()) as (process, port):
+        assert beside._process_at(port, tmp_path) == process
+    assert beside._process_at(port, tmp_path) is None, "nobody listens there any more"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts a program as somebody else")
+def test_a_program_of_another_user_that_listens_there_is_not_unless_the_data_are_that_users(tmp_path: Path) -> None:
+    with listener_of(NOBODY) as (process, port):
+        assert beside._process_at(port, tmp_path) is None
+        os.chown(tmp_path, NOBODY, NOBODY)
+        assert beside._process_at(port, tmp_path) == process

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tests.faults import chains
 from tests.faults import scripted_model as model
+from tests.faults.customers import BUDGETS
 from tests.faults.evidence import Evidence
 from tests.faults.ledger import Asked, Kind
 from tests.runs.faults import TERMINAL
@@ -40,7 +41,8 @@ def _fits(asked: Asked, limit: Mapping[str, Any], *, status: int | None, code: s
     if status == _ACCEPTED:
         return not is_contraband and (asked.kind is Kind.BACKGROUND or "sign" in asked.tools)
     if status == _TOO_MANY:
-        return code == ("budget_exhausted" if "tokens_per_day" in limit else "too_many_runs")
+        # Who is let have few runs at once has budgets that nobody uses up, if any.
+        return code == ("too_many_runs" if "concurrent_runs" in limit else "budget_exhausted")
     if status in {_OK, _REFUSED_QUERY, None}:
         return status is None or is_contraband == (status == _REFUSED_QUERY)
     return code in _FAULTS.get(status or 0, ())
@@ -54,7 +56,8 @@ def refusals_are_recorded(evidence: Evidence) -> Iterator[str]:
             events = by_run[asked.body["run_id"]]
             ends = [event["data"]["code"] for event in _of(events, "run.finished")]
             limits = [event["data"]["limit"] for event in _of(events, "limit.exceeded")]
-            if (ends, limits) != (["budget_exhausted"], ["tokens_per_day"]):
+            budgets = [name for name in BUDGETS if name in evidence.limits[asked.tenant_id]]
+            if (ends, limits) != (["budget_exhausted"], budgets):
                 yield f"{asked}: {ends}, {limits}"
         elif asked.status == _TOO_MANY and asked.nonce in evidence.run_ids:
             yield f"{asked} has a run"
@@ -227,14 +230,6 @@ def usage_of_tools_agrees(evidence: Evidence) -> Iterator[str]:
             yield f"{tenant_id}: {counted}, recorded {decided}"
 
 
-def budgets_hold(evidence: Evidence) -> Iterator[str]:
-    """No tenant used more tokens than its policy allows a day."""
-    for tenant_id, rows in evidence.usage.items():
-        used = sum(row["input_tokens"] + row["output_tokens"] for row in rows)
-        if used > evidence.limits[tenant_id].get("tokens_per_day", used):
-            yield f"{tenant_id}: {used}"
-
-
 def concurrency_holds(evidence: Evidence) -> Iterator[str]:
     """The model never saw more runs of a tenant at once than its policy allows, over all processes together.
 
@@ -276,7 +271,6 @@ CLAIMS: Final[tuple[Claim, ...]] = (
     chains_verify,
     usage_agrees,
     usage_of_tools_agrees,
-    budgets_hold,
     concurrency_holds,
 )
 

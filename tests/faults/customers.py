@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +31,8 @@ approvals: {self_approval: SELF}
 _UNLIMITED: Final[Mapping[str, object]] = {"requests": "100000/minute", "tenant_requests": "200000/minute"}
 JOURNAL: Final = "/v1/workspaces/notes/files/journal.txt"
 SELF: Final = "self_approval"
+# Those of a day that a limit may name.
+BUDGETS: Final = ("tokens_per_day", "cost_usd_per_day", "tool_calls_per_day")
 
 
 @dataclass(slots=True)
@@ -42,6 +45,11 @@ class Customer:
     auditor: Client
     users: dict[str, Client]
     notes: Path = field(repr=False)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it has a budget that it uses up."""
+        return "concurrent_runs" not in self.limit and not self.limit.keys().isdisjoint(BUDGETS)
 
     def hold(self, note: str, moment: str) -> None:
         """The tool server shall wait at that moment of the call."""
@@ -76,7 +84,8 @@ async def customers(
             return await stack.enter_async_context(new_client(plant.addresses[0], key))
 
         platform = await caller(plant.platform_key)
-        yield [await _customer(plant, platform, caller, limit=limit, users=users) for limit in limits]
+        made = (_customer(plant, platform, caller, limit=limit, users=users) for limit in limits)
+        yield await asyncio.gather(*made)
 
 
 async def _customer(
@@ -107,6 +116,6 @@ async def _customer(
 def policy(limit: Mapping[str, Any], host: str) -> str:
     """With these limits, and that host to write to."""
     chosen = {name: bound for name, bound in {**_UNLIMITED, **limit}.items() if name != SELF}
-    limits = ", ".join(f"{name}: {bound}" for name, bound in chosen.items())
+    limits = ", ".join(f"{name}: {json.dumps(bound)}" for name, bound in chosen.items())
     said = _POLICY.replace("LIMITS", limits).replace("LETTERBOX", host)
     return said.replace("SELF", str(limit.get(SELF, True)).lower())

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import httpx
+from sqlalchemy import text
+
 from tests.faults import scripted_model as model
 from tests.faults.customers import JOURNAL, Customer
 from tests.faults.ledger import Asked, Decided, Ledger, Made
 from tests.faults.load import Load
+from tests.faults.plant import Plant, superuser
 from tests.runs.faults import TERMINAL
 from tests.service import Client
 
@@ -20,6 +24,7 @@ from tests.service import Client
 _ENDED_WITHIN_S: Final = 30
 _SEALED_WITHIN_S: Final = 10
 _AT_ONCE: Final = 8
+_RESERVED: Final = text("select tenant_id, run_id from budget_reservations where tenant_id = any(cast(:ids as uuid[]))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,9 @@ class Evidence:
     chains: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     usage: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    days: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    left: dict[str, dict[str, str]] = field(default_factory=dict)
+    reserved: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def asked(self) -> list[Asked]:
@@ -107,8 +115,11 @@ async def gathered(work: Load, *, sealed_within_s: float = _SEALED_WITHIN_S) -> 
         found.users[customer.id] = [user["name"] for user in await pages(customer.admin, "/v1/users")]
         found.usage[customer.id] = await pages(customer.auditor, "/v1/usage", group_by="user")
         found.calls[customer.id] = await pages(customer.auditor, "/v1/usage", group_by="tool")
+        found.days[customer.id] = await pages(customer.auditor, "/v1/usage", group_by="day")
+        found.left[customer.id] = await _left(customer)
         found.events[customer.id] = await _events(customer, sealed_within_s=sealed_within_s)
         found.chains[customer.id] = await _chain(customer)
+    found.reserved = await _reserved(work.plant, list(limits))
     return found
 
 
@@ -164,8 +175,24 @@ async def _chain(customer: Customer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
+async def _left(customer: Customer) -> dict[str, str]:
+    """Of each budget, as one of the tenant is told."""
+    answer = await customer.auditor.get("/v1/me")
+    assert answer.is_success, answer.text
+    return {budget["limit"]: budget["left"] for budget in answer.json()["budgets"]}
+
+
+async def _reserved(plant: Plant, tenant_ids: list[str]) -> dict[str, list[str]]:
+    """The runs that have anything set aside: no route tells, so it is read from the table."""
+    async with superuser(plant) as connection:
+        rows = (await connection.execute(_RESERVED, {"ids": tenant_ids})).all()
+    return {each: [str(row.run_id) for row in rows if str(row.tenant_id) == each] for each in tenant_ids}
+
+
 async def _journal(customer: Customer) -> list[Line]:
     answer = await customer.admin.get(JOURNAL)
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        return []  # what died has used up the budget before any call
     assert answer.is_success, answer.text
     return [_line(*line.split()) for line in answer.text.splitlines()]
 

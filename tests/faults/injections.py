@@ -39,6 +39,8 @@ class Target(StrEnum):
     MODEL = "model"
 
 
+# Which a promise is about: of the faults that are drawn beside one of each, all kill one of these.
+SERVICE: Final = (Target.API, Target.WORKER, Target.POSTGRES, Target.BACKEND)
 # How long each stands still, in seconds; two are longer than a lease.
 _STALLS: Final = {
     Target.API: (0.2, 2.4),
@@ -76,14 +78,16 @@ def possible() -> list[Injection]:
 
 
 def history(rng: random.Random, count: int) -> list[Injection]:
-    """So many; the first ones hit each target in both ways, and each phase as often as any other."""
+    """So many: each target in both ways and then kills of the service and its Postgres, each phase as often as any
+    other; from some hundreds on, each that is possible as often as any other.
+    """
     everything = possible()
     rng.shuffle(everything)
     if count >= len(everything):
         return list(islice(cycle(everything), count))
     pairs = list(product(Target, (True, False)))
-    cheap = [pair for pair in pairs if pair[0] not in {Target.API, Target.WORKER}]  # the others take seconds to start
-    ways = [*pairs, *islice(cycle(rng.sample(cheap, len(cheap))), max(0, count - len(pairs)))][:count]
+    kills = [(target, True) for target in rng.sample(SERVICE, len(SERVICE))]
+    ways = [*pairs, *islice(cycle(kills), max(0, count - len(pairs)))][:count]
     rng.shuffle(ways)
     phases = cycle(rng.sample(list(Phase), len(Phase)))
     chosen = []

@@ -18,11 +18,20 @@ from tests.faults.phases import Plan
 from tests.faults.plant import Plant
 from tests.service import Client
 
-# Of each tenant its own, in turn.
+# Of each tenant its own, in turn. The first is who the faults are for: its budgets are reserved from, given back and
+# charged again and again, and last all the same. Each of the others' is used up.
 _LIMITS: Final[Sequence[Mapping[str, object]]] = (
-    {"concurrent_runs": 20, SELF: False},
+    {
+        "concurrent_runs": 20,
+        SELF: False,
+        "tokens_per_day": 10**9,
+        "cost_usd_per_day": "1000",
+        "tool_calls_per_day": 10**6,
+    },
     {"concurrent_runs": 1},
-    {"tokens_per_day": 60_000},
+    {"tokens_per_day": 50_000},
+    {"cost_usd_per_day": "0.045"},
+    {"tool_calls_per_day": 30},
 )
 _PLANS: Final[Sequence[Plan]] = (
     (("record",),),
@@ -34,6 +43,8 @@ _PLANS: Final[Sequence[Plan]] = (
 )
 _VERDICTS: Final = ("approve", "approve", "edit", "deny")
 _PAUSE_S: Final = 0.15
+_LONG_PAUSES: Final = 12
+_EXHAUSTED: Final = "budget_exhausted"
 _CANCELLED: Final = 0.08  # of those whose run is known before it ends
 
 
@@ -87,17 +98,29 @@ class Load:
             if rng.random() < _CANCELLED and asked.kind is not Kind.QUERY:
                 self.begin(self._cancel(asked, customer.users[user_id], rng))
             await self.asker.ask(asked, customer.users[user_id], rng)
-            await asyncio.sleep(rng.uniform(0, 2 * _PAUSE_S))
+            is_refused = _EXHAUSTED in {asked.body.get("code"), (asked.end or {}).get("code")}
+            await asyncio.sleep(rng.uniform(0, (_LONG_PAUSES if is_refused else 2) * _PAUSE_S))
 
-    async def ask_once_more(self, seed: float) -> list[Asked]:
-        """Everybody asks at once, when all is quiet."""
+    async def ask_once_more(self, seed: float, customers: Sequence[Customer] | None = None) -> list[Asked]:
+        """Everybody asks at once, when all is quiet; or those of these customers."""
         rng, asked = random.Random(seed), []  # noqa: S311  a history to repeat, no secret
         async with asyncio.TaskGroup() as group:
-            for customer in self.customers:
+            for customer in self.customers if customers is None else customers:
                 for user_id, client in customer.users.items():
                     asked.append(new_query(customer, user_id, rng, turns=_PLANS[0], kind=Kind.QUERY))
                     group.create_task(self.asker.ask(asked[-1], client, rng))
         return asked
+
+    async def use_up(self, rng: random.Random, *, times: int) -> None:
+        """When all is quiet: let those who have little of a budget ask until it has no room; so often at most."""
+        left = [customer for customer in self.customers if customer.is_bounded]
+        for _ in range(times):
+            asked = await self.ask_once_more(rng.random(), left)
+            going_on = {one.tenant_id for one in asked if one.body.get("code") != _EXHAUSTED}
+            left = [customer for customer in left if customer.id in going_on]
+            if not left:
+                return
+        raise AssertionError(f"{left} have room for ever")
 
     async def _cancel(self, asked: Asked, client: Client, rng: random.Random) -> None:
         with suppress(TimeoutError):
@@ -166,7 +189,7 @@ class Load:
             made = Made(customer.id, f"user-{rng.getrandbits(64):016x}")
             self.ledger.made.append(made)
             await self._make_user(customer.admin, made, rng)
-            await asyncio.sleep(rng.uniform(0, 12 * _PAUSE_S))
+            await asyncio.sleep(rng.uniform(0, _LONG_PAUSES * _PAUSE_S))
 
     async def _make_user(self, admin: Client, made: Made, rng: random.Random) -> None:
         """A connection that breaks leaves open whether it was done, so it is sent again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from typing import Final
 
 import httpx
 import psutil
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from app import migration
 from app.db import Database, DatabaseUrls, create_engine
@@ -33,6 +36,7 @@ LEASE_S: Final = 2
 _PATIENCE_S: Final = 60
 _ENTRY: Final = 'kind = "python"\ncommand = "program/server.py"\nworkspace = "write"\nhosts = "any"\n'
 _SERVER: Final = Path(__file__).with_name("journal_server.py")
+_PRICE: Final = {"from": "2020-01-01", "input": model.IN_USD, "output": model.OUT_USD}
 
 
 @dataclass(slots=True)
@@ -235,10 +239,12 @@ def _settings(urls: DatabaseUrls, model_url: str, *, root_key: str) -> dict[str,
         "DATABASE_APP_URL": urls.app,
         "DATABASE_PLATFORM_URL": urls.platform,
         "DATABASE_SEALER_URL": urls.sealer,
+        "DATABASE_POOL": "6",  # four processes with twice so many and nine more each: of a hundred that Postgres takes
         "ROOT_KEYS": root_key,
         "MODEL_BASE_URL": model_url,
         "MODEL_API_KEY": "needs-no-key",
         "MODEL_NAMES": model.NAME,
+        "MODEL_PRICES": json.dumps({model.NAME: [_PRICE]}),
         "MODEL_LOOPBACK": "true",
         "MODEL_TIMEOUT_S": "5",
         "TOOL_TIMEOUT_S": "5",
@@ -246,6 +252,8 @@ def _settings(urls: DatabaseUrls, model_url: str, *, root_key: str) -> dict[str,
         # All clients come from one address, and do in a minute what others do in a day.
         "API_RATE": "900000/minute",
         "ADDRESS_RATE": "900000/minute",
+        "POLICY_MAX_REQUESTS": "900000/minute",
+        "POLICY_MAX_TENANT_REQUESTS": "900000/minute",
         "AUDIT_SEAL_S": "0.3",
         "RUN_LEASE_S": str(LEASE_S),
         "WORKSPACE_QUOTA": "volume",
@@ -259,6 +267,18 @@ def _install(data: Path) -> None:
     (program.parent / "requirements.txt").write_text("# none\n")
     shutil.copy(_SERVER, program / "server.py")
     installs.below(data, data / "catalogue").install("journal")
+
+
+@asynccontextmanager
+async def superuser(plant: Plant) -> AsyncIterator[AsyncConnection]:
+    """One transaction of Postgres' superuser, whom no policy and no trigger stops."""
+    engine = create_async_engine(plant.cluster.url("postgres", "bulkhead"))
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(text("set local session_replication_role = replica"))
+            yield connection
+    finally:
+        await engine.dispose()
 
 
 async def _platform_key(urls: DatabaseUrls, root_key: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.faults import scripted_model as model
+from tests.faults.customers import BUDGETS
 from tests.faults.evidence import Evidence
 from tests.faults.ledger import Asked, Kind
 from tests.faults.tampering import Break
@@ -21,6 +22,7 @@ def break_ledger(evidence: Evidence) -> Pretended:
     yield from _of_events(evidence)
     yield from _of_approvals(evidence)
     yield from _of_what_others_saw(evidence)
+    yield from _of_budgets(evidence)
 
 
 def _succeeded(evidence: Evidence, kind: Kind) -> Asked:
@@ -91,3 +93,13 @@ def _of_what_others_saw(evidence: Evidence) -> Pretended:
     other = next(tenant_id for tenant_id in evidence.limits if tenant_id != asked.tenant_id)
     seen = replace(evidence.ledger, seen={**evidence.ledger.seen, other: {asked.nonce}})
     yield Break("a byte of another", "nothing_crosses_tenants", asked.nonce), replace(evidence, ledger=seen)
+
+
+def _of_budgets(evidence: Evidence) -> Pretended:
+    asked = _succeeded(evidence, Kind.QUERY)
+    held = evidence.reserved | {asked.tenant_id: [str(asked.run_id)]}
+    yield Break("still reserved", "nothing_stays_reserved", str(asked.run_id)), replace(evidence, reserved=held)
+    for budget in BUDGETS:
+        tenant_id = next(each for each, limits in evidence.limits.items() if budget in limits)
+        free = replace(evidence, days=evidence.days | {tenant_id: []})
+        yield Break("given for nothing", "what_was_given_is_charged", f"{tenant_id} {budget}"), free

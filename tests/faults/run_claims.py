@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
-from tests.faults import claims
+from tests.faults import budget_claims, claims
 from tests.faults.evidence import Evidence
 from tests.faults.ledger import Asked, Kind
 from tests.faults.load import edited
@@ -163,6 +163,7 @@ def nothing_crosses_tenants(evidence: Evidence) -> Iterator[str]:
 
 CLAIMS: Final[tuple[claims.Claim, ...]] = (
     *claims.CLAIMS,
+    *budget_claims.CLAIMS,
     queries_end_in_time,
     ends_are_final,
     keys_act_once,

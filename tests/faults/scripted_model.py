@@ -22,6 +22,9 @@ from tests.faults.phases import Phase, Plan, Traps
 NAME: Final = "note-taker"
 IN_TOKENS: Final = 300
 OUT_TOKENS: Final = 60
+# What a million of them cost.
+IN_USD: Final = "1"
+OUT_USD: Final = "2"
 _USAGE: Final = {
     "prompt_tokens": IN_TOKENS,
     "completion_tokens": OUT_TOKENS,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.faults import run_claims
-from tests.faults.customers import JOURNAL
+from tests.faults.customers import BUDGETS, JOURNAL
 from tests.faults.evidence import Evidence
 from tests.faults.ledger import Asked, Kind
 from tests.faults.load import Load
-from tests.faults.plant import Plant
+from tests.faults.plant import Plant, superuser
 
 _DELETE: Final = text("delete from audit_events where id = :id")
 _EDIT: Final = text("update audit_events set body = :body where id = :id")
@@ -27,8 +26,18 @@ _COPY: Final = text(
 _USED: Final = (
     ("usage_agrees", "update usage_models set runs = runs + 100 where user_id = :subject"),
     ("usage_of_tools_agrees", "update usage_tools set allowed = allowed + 1 where tenant_id = :subject"),
-    ("budgets_hold", "update usage_models set input_tokens = input_tokens + 100000 where tenant_id = :subject"),
 )
+# By the budget: more usage of it than it allows, and more taken of it than was used.
+_OVERSPENT: Final[Mapping[str, str]] = {
+    "tokens_per_day": "update usage_models set input_tokens = input_tokens + 100000 where tenant_id = :tenant",
+    "cost_usd_per_day": "update usage_models set cost = cost + 1000000 where tenant_id = :tenant",
+    "tool_calls_per_day": "update usage_models set tool_calls = tool_calls + 1000 where tenant_id = :tenant",
+}
+_LEAKED: Final[Mapping[str, str]] = {
+    "tokens_per_day": "update budget_days set tokens = tokens + 1 where tenant_id = :tenant",
+    "cost_usd_per_day": "update budget_days set cost = cost + 1 where tenant_id = :tenant",
+    "tool_calls_per_day": "update budget_days set tool_calls = tool_calls + 1 where tenant_id = :tenant",
+}
 _SEEN_MISSING: Final = {
     "query.received": "answered_is_recorded",
     "tool.decided": "effects_were_decided",
@@ -44,18 +53,6 @@ class Break:
     deed: str
     claim: str
     subject: str
-
-
-@asynccontextmanager
-async def superuser(plant: Plant) -> AsyncIterator[AsyncConnection]:
-    """One transaction of Postgres' superuser, whom no trigger stops."""
-    engine = create_async_engine(plant.cluster.url("postgres", "bulkhead"))
-    try:
-        async with engine.begin() as connection:
-            await connection.execute(text("set local session_replication_role = replica"))
-            yield connection
-    finally:
-        await engine.dispose()
 
 
 def _answered(evidence: Evidence) -> Iterator[Asked]:
@@ -93,7 +90,7 @@ async def break_record(plant: Plant, evidence: Evidence) -> list[Break]:
         deleted = "delete from audit_events where type = 'user.created' and body like '%' || :user_id || '%'"
         await connection.execute(text(deleted), {"user_id": made.user_id})
         done.append(Break("deleted user.created", "changes_are_made_once", made.name))
-        return [*done, *await _used(connection, evidence)]
+        return [*done, *await _used(connection, evidence), *await _budgeted(connection, evidence)]
 
 
 async def _deleted(connection: AsyncConnection, evidence: Evidence, asked: Asked, *, kind: str) -> Break:
@@ -104,12 +101,26 @@ async def _deleted(connection: AsyncConnection, evidence: Evidence, asked: Asked
 
 async def _used(connection: AsyncConnection, evidence: Evidence) -> list[Break]:
     """More usage than there was."""
-    budget = next(tenant_id for tenant_id, limit in evidence.limits.items() if "tokens_per_day" in limit)
-    user_id = next(_answered(evidence)).user_id
+    asked = next(_answered(evidence))
     done = []
-    for (claim, statement), subject in zip(_USED, (user_id, budget, budget), strict=True):
+    for (claim, statement), subject in zip(_USED, (asked.user_id, asked.tenant_id), strict=True):
         await connection.execute(text(statement), {"subject": subject})
         done.append(Break("more usage", claim, subject))
+    return done
+
+
+async def _budgeted(connection: AsyncConnection, evidence: Evidence) -> list[Break]:
+    """Of a tenant that has little of a budget, more was used; of one that has much of each, more is taken than used."""
+    done = []
+    (ample,) = (each for each, limits in evidence.limits.items() if limits.keys() >= set(BUDGETS))
+    for budget in BUDGETS:
+        little = next(each for each, limits in evidence.limits.items() if budget in limits and each != ample)
+        for claim, tenant_id, statement in (
+            ("budgets_hold", little, _OVERSPENT[budget]),
+            ("budgets_are_given_back", ample, _LEAKED[budget]),
+        ):
+            await connection.execute(text(statement), {"tenant": tenant_id})
+            done.append(Break("another budget", claim, f"{tenant_id} {budget}"))
     return done
 
 

@@ -10,12 +10,14 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import Final
 
 import pytest
 
+from tests.faults.customers import BUDGETS
 from tests.faults.evidence import Evidence, gathered, no_run_is_left
-from tests.faults.injections import Injection, history, injected
+from tests.faults.injections import SERVICE, Injection, Target, history, injected
 from tests.faults.ledger import Asked
 from tests.faults.load import Load, load
 from tests.faults.phases import Phase
@@ -27,11 +29,15 @@ from tests.faults.tampering import break_journal, break_record, unseen, untried
 SEED: Final = os.environ.get("TEST_SEED", "20261123")
 _PIECES: Final = 8
 _OF_A_PIECE: Final = 126
+_LONG: Final = _PIECES * _OF_A_PIECE
+_SHORT: Final = 25
 # A connection that died with Postgres is found dead by the first who uses it.
 _TRIES: Final = 8
 _AT_ONCE: Final = 8
 # Times that everybody asks beforehand: amid the faults too few may be answered for every break to have its own.
 _TO_BREAK: Final = 4
+# The most that a whole budget has room for.
+_TO_USE_UP: Final = 80
 
 
 async def survives(plant: Plant, work: Load, injections: Sequence[Injection], *, seed: str) -> Evidence:
@@ -43,6 +49,7 @@ async def survives(plant: Plant, work: Load, injections: Sequence[Injection], *,
         await asyncio.sleep(0.5)
     await no_run_is_left(work.customers)
     await _assert_nothing_is_held(work, rng)
+    await work.use_up(rng, times=_TO_USE_UP)
     await _ask_all_again(work, rng)
     evidence = await gathered(work)
     story = f"TEST_SEED={SEED} repeats it: " + "; ".join(map(str, injections))
@@ -89,18 +96,31 @@ def _assert_enough(evidence: Evidence, injections: int) -> None:
     statuses = Counter(asked.status for asked in evidence.asked)
     kinds = Counter(asked.kind for asked in evidence.asked)
     states = Counter(evidence.states.values())
+    assert len({asked.nonce for asked in evidence.asked}) == len(evidence.asked)
     assert min(kinds.values()) >= injections // 3, kinds
     assert states["succeeded"] >= injections, states
     assert min(states["interrupted"], statuses[422]) >= injections // 25, (states, statuses)
     assert sum(asked.sent > 1 for asked in evidence.asked) >= injections // 10
+    events = (event for events in evidence.events.values() for event in events)
+    assert {event["data"]["limit"] for event in events if event["type"] == "limit.exceeded"} == set(BUDGETS)
+
+
+@pytest.mark.parametrize(("count", "kills"), [(_SHORT, 10), (_LONG, 150)])
+def test_a_history_has_everything_and_mostly_kills_the_service_and_its_postgres(count: int, kills: int) -> None:
+    """Of any seed."""
+    for seed in (SEED, *map(str, range(20))):
+        injections = history(_random(seed), count)
+        assert len(injections) == count
+        assert {injection.phase for injection in injections} == set(Phase)
+        assert {(one.target, one.is_kill) for one in injections} == set(product(Target, (True, False)))
+        assert sum(one.is_kill and one.target in SERVICE for one in injections) >= kills, seed
 
 
 @pytest.mark.timeout(300)  # a start takes seconds, and five times as many on a busy machine
 async def test_twenty_five_faults_lose_nothing_and_each_claim_sees_what_is_broken_on_purpose(plant: Plant) -> None:
-    injections = history(_random(SEED), 25)
-    assert {injection.phase for injection in injections} == set(Phase)
-    async with load(plant, tenants=3, users=1) as work:
-        rng = _random(SEED)
+    injections = history(_random(SEED), _SHORT)
+    async with load(plant, tenants=5, users=1) as work:
+        rng = _random(f"{SEED}-before")  # of its own: a nonce that comes again is an answer of before
         for _ in range(_TO_BREAK):
             await work.ask_once_more(rng.random())
         evidence = await survives(plant, work, injections, seed=SEED)
@@ -116,8 +136,8 @@ async def test_twenty_five_faults_lose_nothing_and_each_claim_sees_what_is_broke
 @pytest.mark.timeout(590)
 @pytest.mark.parametrize("piece", range(_PIECES))
 async def test_a_thousand_faults_lose_nothing(piece: int, plant: Plant) -> None:
-    all_of_them = history(_random(SEED), _PIECES * _OF_A_PIECE)
+    all_of_them = history(_random(SEED), _LONG)
     injections = all_of_them[piece * _OF_A_PIECE : (piece + 1) * _OF_A_PIECE]
-    async with load(plant, tenants=4, users=2) as work:
+    async with load(plant, tenants=6, users=2) as work:
         await survives(plant, work, injections, seed=f"{SEED}-{piece}")
     print(f"{len(injections)} faults, seed {SEED}-{piece}")  # noqa: T201  the count of a long run is asked for

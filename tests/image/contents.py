@@ -74,7 +74,7 @@ def test_nothing_is_anybodys_to_change(files: Path) -> None:
             loose.append(path)
         if stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_ISUID | stat.S_ISGID):
             raised.append(path)
-    assert theirs == {"var/lib/bulkhead", "run/bulkhead"}
+    assert theirs == {"var/lib/bulkhead", "var/lib/bulkhead-heads", "run/bulkhead"}
     assert (loose, raised) == ([], [])
 
 

@@ -22,6 +22,7 @@ DOCKERFILE: Final = (ROOT / "Dockerfile").read_text()
 COMPOSE: Final = ROOT / "docs/deploy/compose"
 # What the operator makes; docs/deploy/compose.md says how.
 _MADE: Final = {"./roles.sql"}
+_TRIM: Final = (ROOT / "docs/deploy/image/trim.py").read_text()
 _PINNED: Final = re.compile(r"[a-z0-9./_-]+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}")
 _NEW_NAMESPACES: Final = ["clone", "mount", "pivot_root", "sethostname", "umount2", "unshare"]
 
@@ -179,6 +180,29 @@ def test_compose_gives_each_container_what_it_needs_alone() -> None:
     owners = [name for name, each in services.items() if "OWNER_PASSWORD" in str(each)]
     keys = [name for name, each in services.items() if "ROOT_KEYS" in str(each)]
     assert (owners, keys) == (["migrate", "bootstrap"], ["bootstrap", "api", "worker"])
+
+
+def test_compose_keeps_the_heads_of_the_record_where_the_database_is_not() -> None:
+    services = _services()
+    path = Path(services["api"]["environment"]["BULKHEAD_AUDIT_HEADS_FILE"])
+    (volume,) = [source for source, place in _mounts(services["api"]) if place == str(path.parent)]
+    assert volume in yaml.safe_load((COMPOSE / "compose.yaml").read_text())["volumes"]
+    assert [name for name, each in services.items() if volume in dict(_mounts(each))] == ["api"]
+
+
+def test_volumes_of_compose_are_the_users_of_the_image() -> None:
+    """What no folder of the image lies under is made by the engine, for root."""
+    made = re.findall(r'"(/[a-z/-]+)"', re.findall(r"for folder in \((.+)\):", _TRIM)[0])
+    for name, service in _services().items():
+        if "BULKHEAD_IMAGE" in service["image"]:
+            places = {place for _, place in _mounts(service)} - {"/var/run/postgresql"}  # which is Postgres' own
+            assert places <= set(made), name
+
+
+def _mounts(service: dict[str, Any]) -> list[tuple[str, str]]:
+    """The source and the place of each."""
+    parts = (volume.split(":") for volume in service.get("volumes", ()))
+    return [(source, place) for source, place, *_ in parts]
 
 
 def test_every_variable_of_compose_is_in_its_sample() -> None:

@@ -212,6 +212,8 @@ FOUND: Final[list[tuple[str, Change, str]]] = [
         _put(_object("PersistentVolumeClaim", "bulkhead-workspaces"), accessModes=["ReadWriteOnce"]),
         "pods of several nodes",
     ),
+    ("heads", lambda found: _config(found).update(BULKHEAD_AUDIT_HEADS_FILE="/run/bulkhead/heads"), "on no claim"),
+    ("heads", lambda found: _config(found).pop("BULKHEAD_AUDIT_HEADS_FILE"), "on no claim"),
     ("relay", _without(_relay, "restartPolicy"), "no relay beside it"),
     ("relay", lambda found: _relay(found)["volumeMounts"][0].update(name="tmp"), "listens elsewhere"),
     ("relay", lambda found: _relay(found)["env"][0].update(value="/elsewhere/egress.sock"), "listens elsewhere"),

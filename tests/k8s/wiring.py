@@ -30,7 +30,7 @@ _RUNS: Final = {
 }
 # What each command cannot do without, or must not be left to its default.
 REQUIRED: Final[Mapping[str, set[str]]] = {
-    "serve": {*_RUNS, "BULKHEAD_PUBLIC_URL", "BULKHEAD_TRUSTED_PROXIES"},
+    "serve": {*_RUNS, "BULKHEAD_PUBLIC_URL", "BULKHEAD_TRUSTED_PROXIES", "BULKHEAD_AUDIT_HEADS_FILE"},
     "worker": _RUNS,
     "egress": {"BULKHEAD_EGRESS_SOCKET"},
     "migrate": {*_URLS, "BULKHEAD_DATABASE_OWNER_URL"},
@@ -155,6 +155,16 @@ def _claimed(held: Mapping[str, Manifest]) -> Iterator[Manifest]:
     return (volume for volume in held.values() if "persistentVolumeClaim" in volume)
 
 
+def heads(found: Sequence[Manifest]) -> Iterator[str]:
+    """What proves the record complete is not lost with a pod."""
+    for each in pods(found):
+        kept = {volume["name"] for volume in each.spec.get("volumes", []) if "persistentVolumeClaim" in volume}
+        for container in each.mains:
+            place = _place(container, found, "BULKHEAD_AUDIT_HEADS_FILE")
+            if container["args"] == ["serve"] and (place is None or place[0] not in kept):
+                yield f"{each.name}: the signed heads are on no claim"
+
+
 def relay(found: Sequence[Manifest]) -> Iterator[str]:
     """Who runs tools has the relay beside it, as a sidecar, on the same folder."""
     for each in pods(found):
@@ -164,14 +174,14 @@ def relay(found: Sequence[Manifest]) -> Iterator[str]:
         if [sidecar.get("restartPolicy") for sidecar in beside] != ["Always"]:
             yield f"{each.name}: has no relay beside it"
             continue
-        folders = {_socket_folder(container, found) for container in (*beside, *each.mains)}
+        folders = {_place(container, found, "BULKHEAD_EGRESS_SOCKET") for container in (*beside, *each.mains)}
         if len(folders) != 1 or None in folders:
             yield f"{each.name}: its relay listens elsewhere"
 
 
-def _socket_folder(container: Manifest, found: Sequence[Manifest]) -> tuple[str, str] | None:
-    """The volume that the socket lies on, and where in it."""
-    path = str(_values(container, found).get("BULKHEAD_EGRESS_SOCKET"))
+def _place(container: Manifest, found: Sequence[Manifest], setting: str) -> tuple[str, str] | None:
+    """The volume that what is set lies on, and where in it."""
+    path = str(_values(container, found).get(setting))
     for mount in container.get("volumeMounts", []):
         if path.startswith(mount["mountPath"] + "/"):
             return mount["name"], path.removeprefix(mount["mountPath"])
@@ -271,7 +281,7 @@ def _unknown_ports(policy: Manifest, of_pods: Sequence[Pods]) -> set[Any]:
 CHECKS: Final[Mapping[str, Check]] = {
     check.__name__: check
     for check in (
-        *(selectors, targets, ports, scraped, listening, probes, volumes, relay, settings, proxies, strangers, times),
-        covered,
+        *(selectors, targets, ports, scraped, listening, probes, volumes, heads, relay, settings, proxies, strangers),
+        *(times, covered),
     )
 }

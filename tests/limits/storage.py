@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
@@ -73,3 +75,44 @@ class Storage:
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@dataclass(slots=True)
+class Road:
+    """The way to a storage, on which each answer takes a while longer."""
+
+    url: str
+    delay_s: float = 0
+
+
+@asynccontextmanager
+async def road_to(storage: Storage) -> AsyncIterator[Road]:
+    """A way that may be made slow while it is in use."""
+    road, under_way = Road(""), set[asyncio.Task[None]]()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_slow: bool) -> None:
+        try:
+            while data := await reader.read(65536):
+                await asyncio.sleep(road.delay_s if is_slow else 0)
+                writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", storage.port)
+        for each in (pass_on(reader, back, is_slow=False), pass_on(there, writer, is_slow=True)):
+            task = asyncio.create_task(each)
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+
+    server = await asyncio.start_server(carry, "127.0.0.1", 0)
+    road.url = storage.url.replace(str(storage.port), str(server.sockets[0].getsockname()[1]))
+    try:
+        yield road
+    finally:
+        server.close()
+        for task in list(under_way):
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)

@@ -10,7 +10,7 @@ import pytest
 from slowapi.errors import RateLimitExceeded
 
 from app.auth.gate import Attempt
-from app.errors import Unauthenticated
+from app.errors import Unauthenticated, Unavailable
 from app.limits import attempts as module
 from app.limits.attempts import DELAYED, FREE, MAX_PAUSE_S, Attempts
 from app.limits.rates import RateLimiter
@@ -115,6 +115,15 @@ async def test_what_cannot_be_looked_at_takes_no_place(gate: Attempts) -> None:
             async with gate.looking(attempt(f"token {number}")):
                 raise ConnectionError
     assert await fails(gate, attempt("guess")) is None
+
+
+async def test_what_its_issuer_keeps_from_being_looked_at_takes_its_place(gate: Attempts) -> None:
+    """Whoever may name an issuer whose keys nobody can have could otherwise ask for ever."""
+    for number in range(30):
+        with pytest.raises(Unavailable):
+            async with gate.looking(attempt(f"token {number}")):
+                raise Unavailable
+    assert await fails(gate, attempt("guess")) is not None
 
 
 async def test_the_same_key_from_its_own_address_is_not_slowed_by_who_guesses_at_it(gate: Attempts) -> None:

@@ -15,7 +15,7 @@ from app.limits.rates import TIMEOUT_S, RateLimiter
 from app.limits.shared import SharedWindows
 from app.limits.windows import Bound, bound
 from app.telemetry.metrics import LIMITER_FALLBACKS
-from tests.limits.storage import Storage
+from tests.limits.storage import Storage, road_to
 
 _numbers: Final = count()
 # A machine that others use, too, may be late by so much.
@@ -141,4 +141,37 @@ async def test_one_late_answer_does_not_make_a_process_alone(storage: Storage) -
         assert (await limiter.hit(fresh("10/hour"))).tightest.bound.amount == 5
     assert not limiter.is_alone()
     assert (await limiter.hit(fresh("10/hour"))).tightest.bound.amount == 10
+    await limiter.close()
+
+
+async def test_a_storage_that_is_slow_and_answers_makes_nobody_wait_in_a_queue_for_it(storage: Storage) -> None:
+    """Each answer is in time, and only so many are asked for at once."""
+    async with road_to(storage) as road:
+        limiter, limit = RateLimiter(SharedWindows(road.url, timeout_s=1), replicas=2), fresh("900000/hour")
+        assert await taken(limiter, limit, 200) == 200  # the connections are there
+        assert not limiter.is_alone()
+        road.delay_s, slowest, before = 0.8 * TIMEOUT_S, 0.0, LIMITER_FALLBACKS._value.get()
+
+        async def timed() -> None:
+            nonlocal slowest
+            began = time.monotonic()
+            assert (await limiter.hit(limit)).is_allowed
+            slowest = max(slowest, time.monotonic() - began)
+
+        await asyncio.gather(*(timed() for _ in range(600)))
+        assert slowest < TIMEOUT_S + SLACK_S, "in turn they would take three seconds"
+        assert LIMITER_FALLBACKS._value.get() - before > 300
+        assert limiter.is_alone()
+        road.delay_s = 0
+        await until_back(limiter)
+        await limiter.close()
+
+
+async def test_many_requests_at_once_are_no_slow_storage(storage: Storage) -> None:
+    limiter, limit = RateLimiter(SharedWindows(storage.url, timeout_s=1), replicas=2), fresh("900000/hour")
+    assert await taken(limiter, limit, 16) == 16  # the connections are there
+    for _ in range(3):
+        assert await taken(limiter, limit, 150) == 150
+    assert not limiter.is_alone()
+    assert (await limiter.peek(limit)).tightest.used == 466
     await limiter.close()

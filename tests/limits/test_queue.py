@@ -140,6 +140,24 @@ async def test_waiting_asks_no_more_often_than_it_must() -> None:
     await asyncio.gather(*runs)
 
 
+async def test_users_at_their_own_limits_are_asked_ever_less_often_and_at_once_when_a_run_of_theirs_ends() -> None:
+    tenants, end = Tenants(_queue(places=100), of_user=1), asyncio.Event()
+    users = [UUID(int=100 + n) for n in range(20)]
+    holding = [tenants.started(_ONE, user, until=end) for user in users]
+    await _settled()
+    mine = asyncio.Event()
+    mine.set()
+    waiting = [tenants.started(_ONE, user, until=mine) for user in users]
+    await asyncio.sleep(0.1)
+    once = tenants.asked
+    await asyncio.sleep(1.6)  # they are asked after 0.25 s, 0.75 s and 1.75 s
+    assert tenants.asked - once <= 2 * len(users)
+    ended = asyncio.get_running_loop().time()
+    end.set()
+    await asyncio.gather(*holding, *waiting)
+    assert asyncio.get_running_loop().time() - ended < 0.15
+
+
 async def test_the_queue_of_a_tenant_is_bounded_and_the_others_still_wait() -> None:
     tenants, end = Tenants(_queue(places=1, of_a_tenant=2)), asyncio.Event()
     runs = [tenants.started(_ONE, until=end) for _ in range(3)]

@@ -23,6 +23,7 @@ from app.listening import bound, listening, url_of
 from app.main import create_app
 from app.sandbox.choice import choose
 from app.telemetry.metrics import LIMITER_DECISIONS
+from tests.auth.forgery import Issuer
 from tests.limits.storage import Storage
 from tests.openapi import Documented
 from tests.routes import PUBLIC, Operation
@@ -267,6 +268,21 @@ async def test_a_flood_of_keys_ends_before_the_database_and_who_shares_the_addre
         assert Counter(answer.status_code for answer in answers) == {401: ADDRESS_RATE, 429: 40 - ADDRESS_RATE}
         assert sum(looked_up[guess.lookup] for guess in guesses) == ADDRESS_RATE
         assert await known.statuses("/v1/me", 5, headers=bearing(tenant.user_key)) == [200] * 5
+
+
+async def test_tokens_of_an_issuer_that_does_not_answer_are_counted_and_flood_no_record(first: Service) -> None:
+    tenant, forger = await first.new_tenant(policy=None), Issuer()
+    nobody = {"issuer": "https://nobody.example", "jwks_uri": "http://127.0.0.1:1/keys"}
+    audience = (await tenant.admin.make("/v1/issuers", json=nobody))["audience"]
+    for _ in range(4):
+        async with Stranger(first) as one:
+            tokens = [forger.token(iss=nobody["issuer"], aud=audience, sub=f"{n}") for n in range(2 * ADDRESS_RATE)]
+            statuses = [(await one.get("/v1/me", headers=bearing(token))).status_code for token in tokens]
+            assert statuses == [503] * ADDRESS_RATE + [429] * ADDRESS_RATE
+    await first.app.state.outbox.flush()
+    raised = [event["data"] for event in await first.platform.events(type="error.raised")]
+    mine = [data for data in raised if (data["route"], data["error"]) == ("/v1/me", "Unavailable")]
+    assert 1 <= len(mine) <= 4  # two where the minute changed in between, with the count of the first
 
 
 async def test_without_the_memory_of_accepted_credentials_a_neighbour_would_be_locked_out(

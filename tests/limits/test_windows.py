@@ -213,3 +213,33 @@ def test_whatever_the_order_no_span_holds_more_than_its_limit_and_none_is_refuse
             assert all(count < bounds[place].amount for count, place in zip(counts, chosen, strict=True))
             for place in chosen:
                 taken[place].append(now)
+
+
+SIZES: Final = st.builds("{}/{}".format, st.integers(1, 40), st.sampled_from(["second", "minute"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rates=st.tuples(SIZES, SIZES), waits=st.lists(st.floats(0, 2), max_size=200))
+def test_what_passes_a_bound_passes_each_that_it_implies(rates: tuple[str, str], waits: list[float]) -> None:
+    now = 0.0
+    windows = Windows(clock=lambda: now)
+    tight, other = (bound(f"kind{place}", "t/u", rate) for place, rate in enumerate(rates))
+    for wait_s in waits:
+        now += wait_s
+        if windows.take([tight]).is_allowed:
+            assert windows.take([other]).is_allowed or not tight.implies(other)
+
+
+@pytest.mark.parametrize(
+    ("rate", "other", "implies"),
+    [
+        ("10/second", "600/minute", True),
+        ("10/second", "599/minute", False),
+        ("600/hour", "600/minute", True),
+        ("601/hour", "600/minute", False),
+        ("5/minute", "5/minute", True),
+        ("600/minute", "10/second", False),
+    ],
+)
+def test_a_bound_implies_what_its_worst_burst_still_passes(rate: str, other: str, *, implies: bool) -> None:
+    assert bound("user", "t/u", rate).implies(bound("user", "t/u", other)) is implies

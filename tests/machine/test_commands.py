@@ -60,6 +60,7 @@ async def test_a_request_is_in_the_log_and_nothing_is_said_beside_it(running: Up
     await running.until(lambda: any(said in line and '"http.request"' in line for line in running.printed.splitlines()))
     assert running.complaint == ""
     assert running.troubles == []
+    assert '"route": "/v1/tenants"' not in running.printed, "nobody has asked for the demo's own requests"
 
 
 async def test_an_exception_shows_wherever_it_is_said(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ async def test_a_run_that_dies_with_its_process_is_interrupted_at_the_next_start
             "MODEL_API_KEY": endpoint.api_key,
             "MODEL_NAMES": "slow",
             "MODEL_LOOPBACK": "true",
+            "POLICY_MAX_REQUESTS": "900000/minute",
+            "POLICY_MAX_TENANT_REQUESTS": "900000/minute",
         }
         up = machine.spawn("up")
         await up.ready()

@@ -159,6 +159,43 @@ async def test_a_credential_is_told_to_nobody(service: Service, listen: Any) -> 
     assert not any(body["credential"].encode() in row.credential for row in rows)
 
 
+async def test_the_record_has_an_endpoint_as_it_was_and_as_it_became(service: Service, listen: Any) -> None:
+    cheap = {"from": "2020-01-01", "input": "0.1", "output": "2"}
+    dear = {"from": "2021-01-01", "input": "9", "output": "2"}
+    body = (await listen()).body(prices={"small": [cheap], "large": [dear]})
+    path = await added(service, body)
+    switched = {"models": ["small"], "is_enabled": False}
+    for change in ({"prices": {"small": [cheap, dear]}}, switched, {"credential": body["credential"]}):
+        assert (await service.platform.patch(path, json=change)).is_success
+    assert (await service.platform.delete(path)).is_success
+
+    told = [event for event in await service.platform.events() if event["data"].get("name") == body["name"]]
+    first, second = "2020-01-01: 0.1, 2", "2021-01-01: 9, 2"
+    same = {"base_url": body["base_url"]}
+    before = same | {"models": ["small", "large"], "is_enabled": True}
+    was, became = {"prices of small": [first], "prices of large": [second]}, {"prices of small": [first, second]}
+    assert [(event["type"], event["data"].get("before"), event["data"].get("after")) for event in told] == [
+        ("model_endpoint.added", None, before | was),
+        ("model_endpoint.changed", was, became),
+        ("model_endpoint.changed", {"models": ["small", "large"], "is_enabled": True}, switched),
+        ("model_endpoint.changed", {}, {}),
+        ("model_endpoint.removed", same | switched | became, None),
+    ]
+    changed = [event["data"]["changed"] for event in told[1:4]]
+    assert changed == [["prices"], ["is_enabled", "models"], ["credential"]]
+
+
+async def test_a_price_of_a_model_with_a_name_beyond_measure_is_recorded(service: Service, listen: Any) -> None:
+    """Nothing that the catalogue takes may be too long for the record: then the change would fail."""
+    many = [{"from": f"{year}-01-01", "input": "0.1", "output": "2"} for year in range(2000, 2100)]
+    body = (await listen()).body(prices={"m" * 2_000: many})
+    path = await added(service, body)
+    assert (await service.platform.delete(path)).is_success
+    (event, _) = [event for event in await service.platform.events() if event["data"].get("name") == body["name"]]
+    (lines,) = [told for name, told in event["data"]["after"].items() if name.startswith("prices of mmm")]
+    assert len(lines) == len(many)
+
+
 async def test_a_tenant_sees_names_and_nothing_else_of_the_catalogue(service: Service) -> None:
     tenant = await service.new_tenant(policy=None)
     (entry,) = [item for item in (await tenant.admin.get("/v1/models")).json()["items"] if item["name"] == "rehearsal"]

@@ -63,7 +63,8 @@ def places(tmp_path: Path, model: tuple[SlowModel, dict[str, str]]) -> Any:
 
     def make(name: str) -> Place:
         folder = make_folder(tmp_path / name)
-        settings = {"AUDIT_HEADS_FILE": str(folder / "heads.jsonl"), "AUDIT_HEADS_S": "1", **model[1]}
+        rates = {f"POLICY_MAX_{name}REQUESTS": "900000/minute" for name in ("", "TENANT_")}
+        settings = {"AUDIT_HEADS_FILE": str(folder / "heads.jsonl"), "AUDIT_HEADS_S": "1", **rates, **model[1]}
         made.append(Place(folder, Machine(folder / ".bulkhead", settings=settings)))
         return made[-1]
 

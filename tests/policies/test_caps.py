@@ -37,9 +37,37 @@ def test_caps_raise_nothing() -> None:
     assert CAPS.applied(document) == document
 
 
+def test_a_rate_is_above_another_by_what_it_lets_through_in_the_long_run() -> None:
+    caps = Caps(requests="100/minute", tenant_requests="1000/minute")
+    for requests, is_above in (
+        ("100/minute", False),
+        ("101/minute", True),
+        ("1/second", False),
+        ("2/second", True),
+        ("6000/hour", False),
+        ("144000/day", False),
+        ("144001/day", True),
+    ):
+        faults = caps.faults(parse(document_text(limits={"requests": requests})))
+        assert [fault.path for fault in faults] == ["/limits/requests"] * is_above, requests
+    (fault,) = caps.faults(parse(document_text(limits={"tenant_requests": "20/second"})))
+    assert (fault.path, fault.message) == (
+        "/limits/tenant_requests",
+        "20/second is above the 1000/minute of the platform",
+    )
+    assert Caps().faults(parse(document_text(limits={"requests": "999999/second"}))) == []
+
+
 @pytest.fixture
 async def capped(databases: Databases, tmp_path: Path) -> AsyncIterator[Service]:
-    async with running_service(databases, tmp_path, policy_max_tool_calls=3, policy_max_steps=5) as service:
+    async with running_service(
+        databases,
+        tmp_path,
+        policy_max_tool_calls=3,
+        policy_max_steps=5,
+        policy_max_requests="3/hour",
+        policy_max_tenant_requests="5/hour",
+    ) as service:
         yield service
 
 
@@ -52,8 +80,41 @@ async def test_a_policy_above_the_caps_is_not_published_and_one_that_holds_gives
         await tenant.admin.post("/v1/policies/1/publish"),
     ):
         assert (answer.status_code, answer.json()["code"]) == (422, "policy_invalid")
-        assert [fault["path"] for fault in answer.json()["errors"]] == ["/limits/max_tool_calls"]
+        faults = [fault["path"].removeprefix("/limits/") for fault in answer.json()["errors"]]
+        assert faults == ["max_tool_calls", "requests", "tenant_requests"]
     capped.app.state.caps = Caps()  # published before the platform's admin lowered them
     assert (await tenant.admin.post("/v1/policies/1/publish")).status_code == 200
     limits = (await tenant.user.get("/v1/me")).json()["limits"]
     assert (limits["max_tool_calls"], limits["max_steps"]) == (3, 5)
+
+
+async def test_no_policy_lets_more_queries_through_than_the_platform(capped: Service) -> None:
+    """Neither those that are refused before they begin: of them each leaves a run and its events."""
+    capped.app.state.caps = Caps()  # published before the platform's admin lowered them
+    tenant = await capped.new_tenant(policy=POLICY + 'input: {block: ["forbidden-word"]}\n')
+    colleague, _, _ = await capped.new_user(tenant.id)
+    denied, other = [
+        [(await asker.post("/v1/runs", json={"query": "forbidden-word"})).status_code for _ in range(5)]
+        for asker in (tenant.user, colleague)
+    ]
+    assert (denied, other) == ([422, 422, 422, 429, 429], [422, 422, 429, 429, 429])
+    rates = [
+        (rate["of"], rate["limit"], rate["remaining"]) for rate in (await tenant.user.get("/v1/me")).json()["rates"]
+    ]
+    assert rates[:2] == [("tenant", "5 per 1 hour", 0), ("user", "3 per 1 hour", 0)]
+
+
+async def test_a_rate_of_another_unit_holds_beside_that_of_the_platform(capped: Service) -> None:
+    tenant = await capped.new_tenant(policy=None)
+    colleague, _, _ = await capped.new_user(tenant.id)
+    await tenant.admin.publish(
+        "schema: bulkhead/1\nmodel: {use: rehearsal}\nlimits: {requests: 10/day, tenant_requests: 4/day}\n"
+    )
+    me = (await tenant.user.get("/v1/me")).json()
+    assert [(rate["of"], rate["limit"]) for rate in me["rates"][:-1]] == [
+        ("tenant", "4 per 1 day"),
+        ("user", "10 per 1 day"),
+        ("user", "3 per 1 hour"),
+    ]
+    statuses = [(await asker.ask("hello")).status_code for asker in (tenant.user, colleague) for _ in range(4)]
+    assert statuses == [409, 409, 409, 429, 409, 429, 429, 429]

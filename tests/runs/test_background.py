@@ -23,6 +23,7 @@ from tests.slow_model import SlowModel, slow_model
 
 PER_TENANT: Final = 2
 PLACES: Final = 4
+ATTEMPTS: Final = 2
 BALLAST: Final = 10_000
 _PATIENCE_S: Final = 20
 
@@ -105,6 +106,7 @@ async def ended(tenant: Tenant, location: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 async def place(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     sizes: dict[str, Any] = {"background_per_tenant": PER_TENANT, "worker_runs": PLACES, "run_lease_s": 2}
+    sizes |= {"run_attempts": ATTEMPTS}
     async with (
         slow_model() as (model, endpoint),
         running_service(databases, tmp_path_factory.mktemp("background"), model=endpoint, **sizes) as service,
@@ -187,6 +189,32 @@ async def test_a_worker_that_is_given_time_ends_what_it_has(place: Place) -> Non
     assert (await read(tenant, location))["status"] == "succeeded"
     async with place.worker():
         await ended(tenant, late)
+
+
+async def test_a_run_that_nobody_can_take_up_ends_and_gives_its_place_to_others(place: Place) -> None:
+    """Its query does not open, whoever tries: as with a key that is lost."""
+    tenant = await place.tenant()
+    broken = [await place.submit(tenant, f"broken {number}") for number in range(PER_TENANT)]
+    assert len(await place.sql(tenant, "update contents set sealed = 'x' where kind = 'query' returning 1")) == len(
+        broken
+    )
+    whole = await place.submit(tenant, "whole")
+    place.model.turns["whole"].released.set()
+    async with place.worker():
+        assert (await ended(tenant, whole))["status"] == "succeeded"
+        deadline = time.monotonic() + _PATIENCE_S
+        while await place.sql(tenant, "select id from runs where state = 'queued'"):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+    found = await place.sql(tenant, "select id, state, code, deaths from runs order by id limit :most", most=PER_TENANT)
+    assert [tuple(row)[1:] for row in found] == [("failed", "internal", ATTEMPTS)] * PER_TENANT
+    events = await tenant.admin.events(run_id=str(found[0].id))
+    assert events[-1]["data"] == {"state": "failed", "code": "internal", "cause": None}
+    told = await place.sql(tenant, _TOLD, run=found[0].id)
+    assert [row.type for row in told][-2:] == ["error", "run.finished"]
+
+
+_TOLD: Final = "select type from run_events where run_id = :run order by sequence"
 
 
 async def test_ten_thousand_queued_runs_of_one_tenant_do_not_keep_another_waiting(place: Place) -> None:

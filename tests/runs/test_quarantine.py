@@ -112,8 +112,9 @@ async def test_what_was_accepted_serves_as_it_is_now(tenant: Tenant, model: Scri
     await act(tenant, model, "sing")
     assert [tool["function"]["name"] for tool in model.bodies[-1]["tools"]] == ["docs__act", "docs__more"]
     assert (await tenant.admin.post(path, json={"digest": found["digest"]})).status_code == 404
-    (event,) = await events_of(tenant, "server.tools_accepted")
-    assert event["data"]["digest"] == found["digest"]
+    (event,), (published,) = [await events_of(tenant, kind) for kind in ("server.tools_accepted", "policy.published")]
+    assert event["data"]["before"] == published["data"]["tools_digest"], "it is the only server"
+    assert event["data"]["after"] == found["digest"]
 
 
 async def test_tools_with_what_the_database_cannot_store_serve_once_they_are_accepted(

@@ -72,6 +72,16 @@ def test_no_line_of_a_library_or_of_ours_holds_a_secret_of_whom_it_is_logged_for
     assert has_secret == [False, False, True, True, True], "controls: another tenant's, and afterwards"
 
 
+def test_what_shall_be_left_out_is_and_only_so_long(capfd: pytest.CaptureFixture[str]) -> None:
+    with configured() as lines:
+        with logs.without("said"):
+            for event in ("said", "done"):
+                structlog.get_logger().info(event)
+        structlog.get_logger().info("said")
+        found = said(lines, capfd)
+    assert [line["event"] for line in found] == ["done", "said"]
+
+
 def test_when_and_what_come_first_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     with configured() as lines:
         with structlog.contextvars.bound_contextvars(tenant_id=str(TENANT)):

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from app.settings import Settings
 from tests.runs.faults import ScriptedModel
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 from tests.telemetry.programs import MONITORING, ROOT, free_port, program, run, running, until
@@ -23,6 +24,7 @@ RULES: Final = MONITORING / "rules" / "bulkhead.yaml"
 DASHBOARDS: Final = sorted((MONITORING / "dashboards").glob("*.json"))
 POLICY: Final = DEFAULT_MODEL_POLICY.replace('["docs__*"]', '["docs__read_*"]')
 TOKEN_FILE: Final = "/etc/prometheus/bulkhead-metrics-token"
+CONFIGURATIONS: Final = (MONITORING / "prometheus.yml", ROOT / "docs/deploy/compose/prometheus.yml")
 
 
 def alerts() -> dict[str, dict[str, Any]]:
@@ -86,6 +88,15 @@ def test_the_unit_tests_of_the_rules_expect_every_alert() -> None:
     expected = {sample["labels"] for sample in cases[0]["promql_expr_test"][0]["exp_samples"]}
     assert expected == {f'{{alertname="{name}"}}' for name in alerts()}
     assert cases[-1]["promql_expr_test"][0]["exp_samples"] == []
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_serves_is_scraped_and_what_works_too(path: Path) -> None:
+    (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
+    (scraped,) = job["static_configs"]
+    ports = [int(target.rpartition(":")[2]) for target in scraped["targets"]]
+    fields = Settings.model_fields
+    assert (job["job_name"], ports) == ("bulkhead", [fields["port"].default, fields["worker_port"].default])
 
 
 async def test_the_rules_hold_in_their_unit_tests() -> None:
@@ -169,7 +180,8 @@ def configured(folder: Path, service: Service, *, alertmanager: int, pager: int,
     for old, new in (
         ("interval: 15s", "interval: 1s"),
         (TOKEN_FILE, str(folder / "token")),
-        ("bulkhead:8000", f'"{service.url.removeprefix("http://")}", "{gone}"'),
+        ("bulkhead:8000", f'"{service.url.removeprefix("http://")}"'),
+        ("bulkhead-worker:8001", f'"{gone}"'),
         ("alertmanager:9093", f"127.0.0.1:{alertmanager}"),
     ):
         assert old in prometheus

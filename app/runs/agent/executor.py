@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import structlog
 from anyio import to_thread
@@ -56,7 +59,10 @@ _MAX_AGENTS: Final = 300_000
 _AN_AGENT: Final = 20
 # Overrides can make one for each user.
 _MAX_OF_A_TENANT: Final = 20
+_MADE_AT_ONCE: Final = 4
+_ENDING_S: Final = 10.0
 _Key = tuple[UUID, int, frozenset[str]]
+_Claim = tuple[UUID, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +93,11 @@ class Executor:
         self._gate = Gate(journal=journal, call_server=self._call_server, redact=redact)
         self._agents: OrderedDict[_Key, _Shared] = OrderedDict()
         self._weight = 0
+        self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self._places = asyncio.Semaphore(_MADE_AT_ONCE)
+        self._making: set[asyncio.Task[_Shared]] = set()
         self._flights: dict[UUID, _Flight] = {}
+        self._held: set[_Claim] = set()
 
     async def execute(self, run: RunContext, opened: Opened) -> tuple[Ending, StopCause | None]:
         """Run to the end, whatever it is, and say how it ended and, if it was stopped, why.
@@ -107,10 +117,12 @@ class Executor:
         if task.cancelled():
             flight.cause = flight.cause or StopCause.SHUTDOWN
             return cancelled(flight.cause), flight.cause
-        return task.result(), flight.cause
+        ending = task.result()
+        return ending, ending.cause or flight.cause  # what a call has met may be seen before the order that says it
 
     async def _attempt(self, run: RunContext, opened: Opened) -> Ending:
         patience_s = 0.0
+        self._servers.begin_run(run.run_id)
         try:
             async with asyncio.timeout(run.terms.timeout_s) as deadline:
                 with running(run):
@@ -143,13 +155,31 @@ class Executor:
         key = run.caller.tenant_id, policy.version, frozenset(tool.name for tool in tools)
         model = policy.document.model
         chat = self._chats.get(model.use, model.name, temperature=model.temperature)
+        shared = self._find(key, policy, chat)
+        if shared is None:
+            # In a task of its own: a thread cannot be stopped, and a run that is does not wait for it.
+            making = asyncio.create_task(self._make(key, policy, chat, tools), name=f"agent of {key[0]}")
+            self._making.add(making)
+            making.add_done_callback(self._making.discard)
+            shared = await asyncio.shield(making)
+        return shared.agent
+
+    def _find(self, key: _Key, policy: ActivePolicy, chat: GovernedChat) -> _Shared | None:
         cached = self._agents.get(key)
         if cached is None or cached.policy is not policy or cached.chat is not chat:
-            agent = await to_thread.run_sync(self._new_agent, policy, chat, tools)  # a thousand tools take a second
-            cached = _Shared(policy, chat, agent, weight=_AN_AGENT + len(tools))
-            self._keep(key, cached)
+            return None
         self._agents.move_to_end(key)
-        return cached.agent
+        return cached
+
+    async def _make(self, key: _Key, policy: ActivePolicy, chat: GovernedChat, tools: Sequence[PinnedTool]) -> _Shared:
+        """Once for all who wait for it, one of a tenant at a time and a few in all: a thousand tools take a second."""
+        async with self._turns.setdefault(key[0], asyncio.Lock()), self._places:
+            shared = self._find(key, policy, chat)
+            if shared is None:
+                agent = await to_thread.run_sync(self._new_agent, policy, chat, tools)
+                shared = _Shared(policy, chat, agent, weight=_AN_AGENT + len(tools))
+                self._keep(key, shared)
+            return shared
 
     def _keep(self, key: _Key, newest: _Shared) -> None:
         """In the place of what has not been used for longest: of a tenant that has many, else of all."""
@@ -201,24 +231,42 @@ class Executor:
         for key in [key for key in self._agents if key[0] == tenant_id]:
             self._drop(key)
 
+    @contextmanager
+    def holding(self, run: RunContext) -> Iterator[None]:
+        """Have the run's lease renewed for the block, so also while its end is being recorded."""
+        claim = run.run_id, run.attempt
+        self._held.add(claim)
+        try:
+            yield
+        finally:
+            self._held.discard(claim)
+
+    @property
+    def held(self) -> Collection[tuple[UUID, int]]:
+        """The runs (run, attempt) whose leases are this process's to renew."""
+        return frozenset(self._held)
+
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""
         return {run_id: flight.run for run_id, flight in self._flights.items()}
 
     def stop(self, run_id: UUID, cause: StopCause) -> None:
-        """Interrupt a run wherever it is; nothing happens where it has ended."""
+        """Interrupt a run wherever it is; nothing happens where it has ended.
+
+        Whoever asks again interrupts it again, for a cancel may get lost: a library may wait where it swallows one.
+        """
         flight = self._flights.get(run_id)
-        if flight is not None and flight.cause is None:
-            flight.cause = cause
+        if flight is not None and not flight.task.done():
+            flight.cause = flight.cause or cause
             flight.task.cancel()
 
     async def close(self) -> None:
         """Stop every run; each is ended and recorded by whoever awaits it."""
-        for run_id in list(self._flights):
-            self.stop(run_id, StopCause.SHUTDOWN)
-        tasks = [flight.task for flight in self._flights.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=10)
+        deadline = time.monotonic() + _ENDING_S
+        while self._flights and time.monotonic() < deadline:
+            for run_id in list(self._flights):
+                self.stop(run_id, StopCause.SHUTDOWN)
+            await asyncio.wait([flight.task for flight in self._flights.values()], timeout=1)
 
 
 def _on_behalf(run: RunContext) -> OnBehalf:

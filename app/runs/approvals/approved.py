@@ -32,7 +32,7 @@ def decide(run: RunContext, tool: str, arguments: Mapping[str, Any], standing: S
             return Decision.deny(BuiltIn.APPROVAL_DENIED, f"somebody who may decide on the call has denied it{said}")
         case ApprovalState.EXPIRED:
             return _EXPIRED
-        case ApprovalState.APPROVED if _is_bound(run, tool, arguments, standing):
+        case ApprovalState.APPROVED if is_bound(run, tool, arguments, standing):
             request = ToolRequest(tool, arguments, user_id=str(run.caller.user_id), role=run.caller.role.value)
             decision = deciding.decide(run.policy, request)
             if decision.needs_approval:
@@ -41,7 +41,7 @@ def decide(run: RunContext, tool: str, arguments: Mapping[str, Any], standing: S
     return _VOIDED
 
 
-def _is_bound(run: RunContext, tool: str, arguments: Mapping[str, Any], standing: Standing) -> bool:
+def is_bound(run: RunContext, tool: str, arguments: Mapping[str, Any], standing: Standing) -> bool:
     """To these arguments, this definition and this version, compared here and not believed."""
     mac = approvals.arguments_mac(run.hash_key, canonical(arguments))
     return (

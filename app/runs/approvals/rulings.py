@@ -134,7 +134,8 @@ class Case:
         if self.policy is None:
             raise ApprovalOutdated
         asker = await tenants.get_user(self.session, self.run.user_id)
-        request = ToolRequest(self.approval.tool, arguments, user_id=str(asker.id), role=asker.role)
+        role = self.run.role or asker.role  # as it was asked with, whatever the user has become since
+        request = ToolRequest(self.approval.tool, arguments, user_id=str(asker.id), role=role)
         decision = deciding.decide(self.policy, request)
         if not decision and not decision.needs_approval:
             raise ArgumentsDenied(f"The policy denies the call with these arguments (rule {decision.rule}).")

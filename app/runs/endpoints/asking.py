@@ -198,13 +198,13 @@ async def _answer(asking: _Asking, question: Question) -> RunOut | Response:
 
 async def _follow(asking: _Asking, question: Question) -> Response:
     """A refusal is a problem with its status, as it is for those who wait; what has begun is told as events."""
-    asking.request.app.state.following.make_room(asking.caller)
-    answering = asking.runs.begin(asking.caller, asking.policy, question)
-    await _patiently(asking, question, asyncio.shield(asking.runs.begun(question.run_id)))
-    if answers.was_refused(await asking.run(question.run_id)):
-        raise await asking.problem(question.run_id, (await asyncio.shield(answering)).ending)
-    asking.request.state.run_state = State.RUNNING.value
-    return await streamed(asking.request, asking.caller, question.run_id)
+    with asking.request.app.state.following.room(asking.caller):  # also while the query waits for its turn
+        answering = asking.runs.begin(asking.caller, asking.policy, question)
+        await _patiently(asking, question, asyncio.shield(asking.runs.begun(question.run_id)))
+        if answers.was_refused(await asking.run(question.run_id)):
+            raise await asking.problem(question.run_id, (await asyncio.shield(answering)).ending)
+        asking.request.state.run_state = State.RUNNING.value
+        return await streamed(asking.request, asking.caller, question.run_id)
 
 
 async def _patiently(asking: _Asking, question: Question, awaited: asyncio.Future[_T]) -> _T:

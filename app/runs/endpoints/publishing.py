@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.auth import repository as credentials
 from app.auth.dependencies import OnlyOnce, TheDatabase, TheIfMatch, requires
 from app.caller import Caller
-from app.db import Database
+from app.db import Database, alone
 from app.errors import Conflict, NotFound
 from app.etags import IfMatch, PreconditionFailed, tagged
 from app.idempotency.once import Once
@@ -176,6 +176,8 @@ async def _hold(
     is_rollback: bool,
 ) -> PublishedOut:
     async def hold() -> PublishedOut:
+        if asked.revoke_running:  # whoever begins a run has found the version of before, or will find this one
+            await alone(session, caller.tenant_id, repository.BEGINNING)
         # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
         await credentials.recheck(session, caller)
         await _check_pointer(session, caller, if_match)

@@ -97,15 +97,14 @@ async def followable(request: Request, caller: Caller, run_id: UUID, *, watches:
 async def follow(request: Request, caller: Caller, run_id: UUID, *, after: int) -> EventStream:
     """For whoever looks on. Raise NotFound, TooManyStreams."""
     following: Following = request.app.state.following
-    following.make_room(caller)
-    key = await followable(request, caller, run_id)
-    following.make_room(caller)  # again: who was asked for before is there only now
-    stream = following.open(caller, run_id, key, after=after, until=_until(request))
+    with following.room(caller):
+        key = await followable(request, caller, run_id)
+        stream = following.open(caller, run_id, key, after=after, until=_until(request))
     return _response(request, following, stream, left=lambda: None)
 
 
 async def streamed(request: Request, caller: Caller, run_id: UUID) -> EventStream:
-    """For whoever has asked, once the run has begun; room was made before. Where the client goes, the run is cancelled
+    """For whoever has asked, once the run has begun; it has room already. Where the client goes, the run is cancelled
     after the grace, unless somebody else follows it.
     """
     following: Following = request.app.state.following

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -130,6 +131,8 @@ class Following:
         self._most_of_a_user = most_of_a_user
         # Each goes with the response that it belongs to, however that ends.
         self._streams: WeakSet[Stream] = WeakSet()
+        # Whose stream is about to be opened.
+        self._coming: list[UUID] = []
         self._reads: dict[UUID, asyncio.Task[None]] = {}
         self._reading = asyncio.Semaphore(_MAX_READS)
         self._has_any = asyncio.Event()
@@ -139,13 +142,19 @@ class Following:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def make_room(self, caller: Caller) -> None:
-        """Raise TooManyStreams, or Unavailable, where the caller may not open one more."""
+    @contextmanager
+    def room(self, caller: Caller) -> Iterator[None]:
+        """Keep a place for a stream that the block opens. Raise TooManyStreams, or Unavailable, where there is none."""
         if self._is_closed:
             raise Unavailable("The service is shutting down.")
-        of_user = sum(1 for stream in self._streams if stream.caller.user_id == caller.user_id)
-        if len(self._streams) >= self._most or of_user >= self._most_of_a_user:
+        users = [*self._coming, *(stream.caller.user_id for stream in self._streams)]
+        if len(users) >= self._most or users.count(caller.user_id) >= self._most_of_a_user:
             raise TooManyStreams(headers={"Retry-After": "5"})
+        self._coming.append(caller.user_id)
+        try:
+            yield
+        finally:
+            self._coming.remove(caller.user_id)
 
     def open(
         self,

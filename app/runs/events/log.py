@@ -40,6 +40,8 @@ _MAX_CHARS: Final = 60_000
 _MAX_DELTA_CHARS: Final = 8_000
 # What a run may have waiting before pieces of the model's text are left out.
 _MAX_WAITING_CHARS: Final = 500_000
+# What waits in memory for the end of a run that nobody follows.
+_MAX_UNTOLD_CHARS: Final = 200_000
 # Of one round, so that no statement becomes large.
 _MAX_ROWS: Final = 2_000
 # An id is 36 characters, and a notification holds 8,000 bytes.
@@ -109,7 +111,9 @@ class _Row:
 
 
 class EventLog:
-    """The events of one run, by the process that executes it. Without anybody who follows they wait for its end."""
+    """The events of one run, by the process that executes it. Without anybody who follows they wait for its end,
+    or until they are many.
+    """
 
     def __init__(
         self, events: Events, run_id: UUID, tenant_id: UUID, key: SecretKey, *, is_live: bool, after: int
@@ -167,7 +171,7 @@ class EventLog:
     def _add(self, told_now: _Told) -> None:
         self._fresh.append(told_now)
         self._chars += len(told_now.text)
-        if self.is_live:
+        if self.is_live or self._chars > _MAX_UNTOLD_CHARS:
             self._events.has_more(self)
 
     async def write(self, session: AsyncSession, *, attempt: int) -> None:

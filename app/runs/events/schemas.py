@@ -105,7 +105,7 @@ class RunFinishedData(_Data):
 
 
 class ErrorData(_Data):
-    """The events end here though the run goes on: follow it anew, after the last one."""
+    """What went wrong, or which limit was reached: the run ends with this code, as its last event says."""
 
     code: str
 

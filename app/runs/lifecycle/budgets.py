@@ -61,7 +61,8 @@ class Budgets:
         what is in the journal.
         """
         choice = run.policy.document.model
-        price = price_on(datetime.now(UTC).date(), self._catalogue.priced(choice.use, choice.name)[1])
+        day = await limits.day_of(session, run.caller.tenant_id, run.run_id) or datetime.now(UTC).date()
+        price = price_on(day, self._catalogue.priced(choice.use, choice.name)[1])
         cost = amount(uncharged, price).cost
         turns, runs = (0, 0) if goes_on else (run.model_turns, 1)
         spent = Spent(turns=turns, tools=_uncounted(run), runs=runs, least=uncharged, least_cost=cost)
@@ -72,6 +73,12 @@ class Budgets:
     ) -> None:
         """A run that had begun, and ended while it waited with nothing reserved; the last thing of its transaction."""
         await limits.count(session, tenant_id, run_id, user_id=user_id, model=model, spent=Spent(Tokens(), turns=turns))
+
+    async def count_waited(self, session: AsyncSession, run: RunContext) -> None:
+        """The same for one that was about to go on, with those of its calls that nobody has counted yet."""
+        spent = Spent(Tokens(), turns=run.model_turns, tools=_uncounted(run))
+        caller = run.caller
+        await limits.count(session, caller.tenant_id, run.run_id, user_id=caller.user_id, model=run.model, spent=spent)
 
     def _demand(self, run: RunContext) -> limits.Demand:
         choice = run.policy.document.model

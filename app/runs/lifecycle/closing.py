@@ -20,6 +20,7 @@ from app.runs.lifecycle.budgets import Budgets
 from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.stops import read_orders
 from app.runs.state import GIVEN_BACK, INTERRUPTED, WAITING, Ending, State, StopCause, cancelled
+from app.telemetry.metrics import count_run
 
 
 class Closing:
@@ -107,3 +108,4 @@ class Closing:
                 await self._budgets.count(
                     session, caller.tenant_id, run_id, user_id=found.user_id, model=found.model, turns=turns
                 )
+        count_run(caller.tenant_id, State.CANCELLED.value, "cancelled")

@@ -18,12 +18,11 @@ from app.caller import Caller
 from app.policies.decision import BuiltIn
 from app.policies.versions import ActivePolicy
 from app.runs.context import UNKNOWN_TOOL, Call, RunContext
-from app.runs.state import Ending, Outcome, State
+from app.runs.state import FAILURES, Ending, Outcome
 from app.telemetry import traces
 from app.telemetry.security import SecurityEvent, tell
 from app.telemetry.traces import Attributes, Span
 
-_BAD_ENDS: Final = frozenset({State.FAILED, State.TIMED_OUT, State.INTERRUPTED})
 _BAD_OUTCOMES: Final = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.UNKNOWN})
 _MOST_TOKENS: Final = 2**53
 
@@ -62,7 +61,7 @@ def answered(span: Span, run: RunContext, ending: Ending) -> None:
     code = ending.code or "none"
     told = {"state": ending.state.value, "code": code, "model_turns": run.model_turns, "tool_calls": len(run.calls)}
     tell(SecurityEvent.AGENT_FINISHED, **told)
-    if ending.state in _BAD_ENDS:
+    if ending.state in FAILURES:
         tell(SecurityEvent.ERROR, state=ending.state.value, code=code)
         span.fail(code)
     span.note(

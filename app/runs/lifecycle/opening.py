@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, auto
-from typing import Final
+from functools import partial
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from langchain_core.messages import BaseMessage
-from sqlalchemy import text
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
@@ -29,9 +29,10 @@ from app.runs.conversations import repository as conversations
 from app.runs.dispatch import Dispatch
 from app.runs.events import log as events
 from app.runs.events.log import EventKind, Events
-from app.runs.lifecycle import callers, recording, resuming
+from app.runs.lifecycle import callers, queued, recording, resuming
 from app.runs.lifecycle.budgets import Budgets
 from app.runs.lifecycle.callers import Known
+from app.runs.lifecycle.queued import Unclaimed
 from app.runs.lifecycle.resuming import Resumption
 from app.runs.lifecycle.stops import read_orders
 from app.runs.state import (
@@ -40,28 +41,17 @@ from app.runs.state import (
     QUERY_REFUSED,
     SESSION_LOST,
     Ending,
-    Outcome,
     State,
     StopCause,
     cancelled,
 )
-from app.scopes import SCOPES_OF, Role
 from app.telemetry import security
 from app.telemetry.metrics import SCREENINGS
 from app.telemetry.security import Violation
 
-# Whose run it is, and whether somebody may take it up; plain SQL, since users and tenants are another domain's.
-_QUEUED: Final = text("""
-select r.user_id, r.key_id, r.conversation_id, r.state, r.started_at, r.attempt, r.deaths, r.policy_version,
-       r.input_tokens, r.output_tokens,
-       r.state = 'running' and r.lease_until >= now() as is_held, u.role, u.wrapped_key is null as is_erased,
-       t.generation
-from runs r
-join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
-join tenants t on t.id = r.tenant_id
-where r.id = :run_id and r.kind = 'background'
-""")
-_LOCKED: Final = text(f"{_QUEUED.text} for update of r")
+_T = TypeVar("_T")
+# So often the policy of now is looked for: it may be replaced again while it is read and compiled.
+_LOOKS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +78,23 @@ class Opened:
     resumption: Resumption = resuming.NOTHING
     denied: Ending | None = None
     cause: StopCause | None = None
+    # Since it was accepted, in seconds: in the queue, with other processes, and waiting for approvals.
+    age_s: float = 0.0
 
 
-class Unclaimed(Enum):
-    """Why a worker has not got a run."""
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """Who asks what, and what a policy says of it; `is_last` where no other one is looked for, should it not hold."""
 
-    GONE = auto()  # it has ended, or waits
-    HELD = auto()  # another process executes it
+    caller: Caller
+    policy: ActivePolicy
+    query: str
+    verdict: Verdict
+    is_last: bool = False
+
+    @property
+    def tenant_id(self) -> UUID:
+        return self.caller.tenant_id
 
 
 class _NoRoom(Exception):
@@ -102,6 +102,13 @@ class _NoRoom(Exception):
 
     def __init__(self, busy: Busy) -> None:
         self.busy = busy
+
+
+class _Outdated(Exception):
+    """Rolls it back as well: since the tenant's `generation` another policy is published."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
 
 
 class Opening:
@@ -139,20 +146,40 @@ class Opening:
         return verdict
 
     async def begin(self, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict) -> Opened | Busy:
-        """Begin the run, or record why it may not; on Busy nothing was written."""
+        """Begin the run, or record why it may not; on Busy nothing was written.
+
+        Under the policy that is published by then: a query may have waited long for its turn.
+        """
+        admitted = _Admitted(caller, policy, question.text, verdict)
         try:
-            async with self._database.transaction(caller.tenant_id) as session:
-                return await self._begin(session, caller, policy, question, verdict)
+            return await self._by_what_holds(admitted, partial(self._begin, question), among=repository.BEGINNING)
         except _NoRoom as full:
             return full.busy
 
-    async def _begin(
-        self, session: AsyncSession, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict
-    ) -> Opened:
-        opened = await self._received(session, caller, policy, question, verdict, is_durable=False)
+    async def _by_what_holds(
+        self, admitted: _Admitted, begin: Callable[[AsyncSession, _Admitted], Awaitable[_T]], *, among: str | None
+    ) -> _T:
+        """Begin in a transaction, and in another where the policy has been replaced since it was read."""
+        looks = 0
+        while True:
+            try:
+                async with self._database.transaction(admitted.tenant_id, among=among) as session:
+                    return await begin(session, admitted)
+            except _Outdated as outdated:
+                looks += 1
+                admitted = await self._readmitted(admitted, outdated.generation, is_last=looks == _LOOKS)
+
+    async def _readmitted(self, before: _Admitted, generation: int, *, is_last: bool) -> _Admitted:
+        caller = replace(before.caller, generation=generation)
+        policy = await self._policies.current(caller.tenant_id, generation) or before.policy
+        verdict = await self.screen(caller, policy, before.query)
+        return _Admitted(caller, policy, before.query, verdict, is_last)
+
+    async def _begin(self, question: Question, session: AsyncSession, admitted: _Admitted) -> Opened:
+        opened = await self._received(session, admitted, question, is_durable=False)
         if opened.denied is None:
             opened = await self._room(session, opened)
-        await self._add(session, opened, verdict, recording.started(opened.run))
+        await self._add(session, opened, admitted.verdict, recording.started(opened.run))
         await _tell(session, opened, EventKind.RUN_STARTED)
         return opened
 
@@ -170,102 +197,98 @@ class Opening:
         self, caller: Caller, policy: ActivePolicy, question: Question, verdict: Verdict
     ) -> Ending | None:
         """Put the run into the queue, or record why it may not; give why. Raise TooManyRuns."""
-        async with self._database.transaction(caller.tenant_id) as session:
-            opened = await self._received(session, caller, policy, question, verdict, is_durable=True)
-            run = opened.run
-            run.attempt = 0  # the first claim is the first attempt
-            await self._dispatch.admit(session, caller.tenant_id)
-            if run.conversation_id is not None:
-                await conversations.join(session, run, run.conversation_id)  # what is at work there, it waits for
-            await self._add(session, opened, verdict, recording.queued(run), state=State.QUEUED)
-            await _tell(session, opened, EventKind.RUN_QUEUED)
-            if opened.denied is None:
-                await self._dispatch.defer(session, caller.tenant_id, run.run_id)
-            return opened.denied
+        admitted = _Admitted(caller, policy, question.text, verdict)
+        return await self._by_what_holds(admitted, partial(self._enqueue, question), among=None)
+
+    async def _enqueue(self, question: Question, session: AsyncSession, admitted: _Admitted) -> Ending | None:
+        opened = await self._received(session, admitted, question, is_durable=True)
+        run = opened.run
+        run.attempt = 0  # the first claim is the first attempt
+        await self._dispatch.admit(session, admitted.tenant_id)
+        if run.conversation_id is not None:
+            await conversations.join(session, run, run.conversation_id)  # what is at work there, it waits for
+        await self._add(session, opened, admitted.verdict, recording.queued(run), state=State.QUEUED)
+        await _tell(session, opened, EventKind.RUN_QUEUED)
+        if opened.denied is None:
+            await self._dispatch.defer(session, admitted.tenant_id, run.run_id)
+        return opened.denied
 
     async def claim(self, tenant_id: UUID, run_id: UUID) -> Opened | Busy | Unclaimed:
         """Take up a run that is queued, or whose process died; on Busy nothing was written."""
-        found = await self._find(tenant_id, run_id)
+        async with self._database.transaction(tenant_id) as session:
+            found = await queued.find(session, self._keyring, tenant_id, run_id)
         if isinstance(found, Unclaimed):
             return found
         caller, query = found
         policy = await self._policies.current(tenant_id, caller.generation)
         if policy is None:
             return Unclaimed.GONE  # with its tenant: what has been published is never withdrawn
-        verdict = await self.screen(caller, policy, query)
+        admitted = _Admitted(caller, policy, query, await self.screen(caller, policy, query))
         try:
-            async with self._database.transaction(tenant_id) as session:
-                return await self._claim(session, caller, policy, run_id, query=query, verdict=verdict)
+            return await self._by_what_holds(admitted, partial(self._claim, run_id), among=repository.BEGINNING)
         except _NoRoom as full:
             return full.busy
 
-    async def _claim(
-        self,
-        session: AsyncSession,
-        caller: Caller,
-        policy: ActivePolicy,
-        run_id: UUID,
-        *,
-        query: str,
-        verdict: Verdict,
-    ) -> Opened | Unclaimed:
-        before = (await session.execute(_LOCKED, {"run_id": run_id})).one()
-        known = await callers.look_at(session, self._keyring, caller)
-        run = self._new_run(known, caller, policy, run_id, is_durable=True)
+    async def _claim(self, run_id: UUID, session: AsyncSession, admitted: _Admitted) -> Opened | Unclaimed:
+        before = await queued.lock(session, run_id)
+        known = await self._look(session, admitted)
+        if not _holds(known, admitted):
+            raise _NoRoom(Busy(of_user=False))  # it waits on, and begins by what holds then
+        run = self._new_run(known, admitted, run_id, is_durable=True)
         run.conversation_id = before.conversation_id
         attempt = await repository.claim(
-            session, run_id, lease_s=self._lease_s, policy_version=policy.version, model=run.model
+            session, run_id, lease_s=self._lease_s, policy_version=run.policy.version, model=run.model
         )
         if attempt is None:
             return Unclaimed.HELD  # whoever was faster has it; a job that comes too early comes again
         run.attempt = attempt
         run.events.go_on_after(await events.last(session, run_id))
-        opened = await self._taken_up(session, Opened(run, query), version=before.policy_version)
-        if before.deaths + (before.state == State.RUNNING) >= self._attempts:
-            opened = replace(opened, denied=INTERRUPTED)
-        is_first = before.started_at is None
+        resumption = await resuming.take_up(session, run)
+        opened = Opened(run, admitted.query, resumption=resumption, age_s=before.age_s)
         is_untouched = not run.messages and not run.calls  # then it is as if it came only now
-        if is_untouched and opened.denied is None:
-            opened = replace(opened, denied=_denial(run, verdict))
-        if opened.denied is None:
-            (orders,) = await read_orders(session, [run_id])
-            opened = _stopped(opened, orders.stop, known)
-        if opened.denied is not None:
-            await self._leave_unknown(session, run)
-        if before.state == State.RUNNING:
-            before_it = Tokens(before.input_tokens, before.output_tokens)
-            await self._settle_dead(session, run, before_it, goes_on=opened.denied is None)
-        elif opened.denied is not None and not is_first:
-            await self._budgets.count(
-                session, caller.tenant_id, run_id, user_id=caller.user_id, model=run.model, turns=run.model_turns
-            )
-        if opened.denied is None:
-            opened = await self._room(session, opened)
+        opened = await self._judged(session, opened, before, verdict=admitted.verdict if is_untouched else None)
+        opened = await self._with_room(session, opened, before)
         if opened.denied is not None:
             await repository.finish(session, run, opened.denied, opened.cause)
-        record = [recording.screened(run, verdict)] if is_untouched else []
+        is_first = before.started_at is None
+        record = [recording.screened(run, admitted.verdict)] if is_untouched else []
         record += _begun(opened, recording.started(run) if is_first else recording.resumed(run))
-        await audit.append(session, caller.tenant_id, *record)
+        await audit.append(session, admitted.tenant_id, *record)
         await _tell(session, opened, EventKind.RUN_STARTED if is_first else EventKind.RUN_RESUMED)
         return opened
 
-    async def _taken_up(self, session: AsyncSession, opened: Opened, *, version: int) -> Opened:
-        """With what the journal holds of it, once nobody else can add to that; `version` held until now."""
+    async def _judged(
+        self, session: AsyncSession, opened: Opened, before: Row[Any], *, verdict: Verdict | None
+    ) -> Opened:
+        """With what speaks against its going on, if anything does; `verdict` of one that has done nothing yet."""
         run = opened.run
-        document = run.policy.document
-        resumption = await resuming.read(session, run)
-        # Only the last turn's: what came before it was answered, even where the answer was not committed.
-        doubtful = [call for call in run.calls if call.decision and call.outcome is None]
-        again = [
-            call.sequence
-            for call in doubtful
-            if call.turn == len(run.messages) and resuming.may_be_repeated(run, call, version=version)
-        ]
-        if await self._leave_unknown(session, run, but=again):
-            resumption = await resuming.read(session, run)
-        if any(document.is_stateful(call.tool.partition("__")[0]) for call in run.calls if call.decision):
+        if before.deaths + (before.state == State.RUNNING) >= self._attempts:
+            return replace(opened, denied=INTERRUPTED)
+        if resuming.has_lost_session(run):
             return replace(opened, denied=SESSION_LOST)
-        return replace(opened, resumption=resumption)
+        if verdict is not None and (denial := _denial(run, verdict)) is not None:
+            return replace(opened, denied=denial)
+        (orders,) = await read_orders(session, [run.run_id])
+        return _stopped(opened, orders.stop)
+
+    async def _with_room(self, session: AsyncSession, opened: Opened, before: Row[Any]) -> Opened:
+        """With room for what it may still use; what it has used until now is counted, whatever becomes of it."""
+        run = opened.run
+        if opened.denied is not None:
+            await resuming.leave_unknown(session, run)
+        if is_dead := before.state == State.RUNNING:
+            before_it = Tokens(before.input_tokens, before.output_tokens)
+            await self._settle_dead(session, run, before_it, goes_on=opened.denied is None)
+        if opened.denied is None:
+            opened = await self._room(session, opened)
+            if opened.denied is None:
+                return opened
+            await resuming.leave_unknown(session, run)
+        elif is_dead:
+            return opened
+        if before.started_at is not None:
+            await self._budgets.count_waited(session, run)
+        return opened
 
     async def _settle_dead(self, session: AsyncSession, run: RunContext, before: Tokens, *, goes_on: bool) -> None:
         """What a process used that died: of the tokens in the journal those that were not charged `before`."""
@@ -276,63 +299,35 @@ class Opening:
         for call in run.calls:
             call.is_counted = call.outcome is not None
 
-    async def _leave_unknown(self, session: AsyncSession, run: RunContext, *, but: Sequence[int] = ()) -> bool:
-        """Close the calls that a dead process was at, `but` those of these numbers; False where there were none."""
-        lost = await repository.leave_unknown(session, [run.run_id], but=but)
-        for call in run.calls:
-            if call.sequence in {sequence for _, sequence, _ in lost}:
-                call.outcome = Outcome.UNKNOWN
-        unknown = recording.in_doubt(run, [(sequence, tool) for _, sequence, tool in lost])
-        await audit.append(session, run.caller.tenant_id, *unknown)
-        return bool(lost)
-
-    async def _find(self, tenant_id: UUID, run_id: UUID) -> tuple[Caller, str] | Unclaimed:
-        async with self._database.transaction(tenant_id) as session:
-            row = (await session.execute(_QUEUED, {"run_id": run_id})).one_or_none()
-            # Whoever has erased the user is ending it.
-            if row is None or row.state not in {State.QUEUED, State.RUNNING} or row.is_erased:
-                return Unclaimed.GONE
-            if row.is_held:
-                return Unclaimed.HELD
-            role = Role(row.role)
-            caller = Caller(tenant_id, row.user_id, role, SCOPES_OF[role], row.generation, row.key_id)
-            known = await callers.look_at(session, self._keyring, caller)
-            return caller, await contents.read(session, known.user_key, run_id, contents.Kind.QUERY) or ""
-
     async def _received(
-        self,
-        session: AsyncSession,
-        caller: Caller,
-        policy: ActivePolicy,
-        question: Question,
-        verdict: Verdict,
-        *,
-        is_durable: bool,
+        self, session: AsyncSession, admitted: _Admitted, question: Question, *, is_durable: bool
     ) -> Opened:
         """The first of its transaction: a twin that has the same Idempotency-Key waits here, and begins nothing."""
         if question.once is not None:
-            await question.once.claim(session, caller.tenant_id, question.run_id)
-        known = await callers.look_at(session, self._keyring, caller)
-        run = self._new_run(known, caller, policy, question.run_id, is_durable=is_durable, is_live=question.is_live)
+            await question.once.claim(session, admitted.tenant_id, question.run_id)
+        known = await self._look(session, admitted)
+        run = self._new_run(known, admitted, question.run_id, is_durable=is_durable, is_live=question.is_live)
         run.conversation_id = question.conversation_id
-        opened = Opened(run, question.text, denied=_denial(run, verdict))
-        return opened if opened.denied is not None else _stopped(opened, known.stop, known)
+        opened = Opened(run, question.text, denied=_denial(run, admitted.verdict))
+        if opened.denied is not None:
+            return opened
+        return _stopped(opened, known.stop or (None if _holds(known, admitted) else StopCause.POLICY_REVOKED))
+
+    async def _look(self, session: AsyncSession, admitted: _Admitted) -> Known:
+        """Raise _Outdated where another policy holds, and there is time to look for it."""
+        known = await callers.look_at(session, self._keyring, admitted.caller)
+        if not (admitted.is_last or _holds(known, admitted)):
+            raise _Outdated(known.generation)
+        return known
 
     def _new_run(
-        self,
-        known: Known,
-        caller: Caller,
-        policy: ActivePolicy,
-        run_id: UUID,
-        *,
-        is_durable: bool,
-        is_live: bool = True,
+        self, known: Known, admitted: _Admitted, run_id: UUID, *, is_durable: bool, is_live: bool = True
     ) -> RunContext:
-        events = self._events.log(run_id, caller.tenant_id, known.user_key, is_live=is_live)
+        events = self._events.log(run_id, admitted.tenant_id, known.user_key, is_live=is_live)
         return RunContext(
             run_id,
-            caller,
-            policy,
+            admitted.caller,
+            admitted.policy,
             content_key=known.user_key,
             hash_key=known.tenant_key,
             events=events,
@@ -352,10 +347,13 @@ class Opening:
         return replace(opened, denied=refusal)
 
 
-def _stopped(opened: Opened, stop: StopCause | None, known: Known) -> Opened:
-    """Ended before it begins where a kill switch holds, or the caller or the policy was stopped meanwhile."""
-    if stop is None and known.policy_version != opened.run.policy.version:
-        stop = StopCause.POLICY_REVOKED  # replaced between the request and its run: it begins under no old version
+def _holds(known: Known, admitted: _Admitted) -> bool:
+    """No run begins under a policy that was replaced between the request and its run."""
+    return known.policy_version == admitted.policy.version
+
+
+def _stopped(opened: Opened, stop: StopCause | None) -> Opened:
+    """Ended before it begins where a kill switch holds, or the caller was stopped meanwhile."""
     return opened if stop is None else replace(opened, denied=cancelled(stop), cause=stop)
 
 

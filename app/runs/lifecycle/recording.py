@@ -8,7 +8,7 @@ from app.audit.events import Event, EventType
 from app.policies.screening import Verdict
 from app.runs.context import RunContext
 from app.runs.events.log import EventKind
-from app.runs.state import Ending, Outcome, StopCause
+from app.runs.state import FAILURES, Ending, Outcome, StopCause
 
 
 def received(run: RunContext, query: str, verdict: Verdict) -> list[Event]:
@@ -93,7 +93,9 @@ def ended(run: RunContext, ending: Ending, cause: StopCause | None) -> list[Even
 
 
 def tell_ended(run: RunContext, ending: Ending) -> None:
-    """Whoever follows the run."""
+    """Whoever follows the run: first what went wrong, if anything did, for it is the last event that ends all."""
+    if ending.state in FAILURES and ending.code is not None:
+        run.events.emit(EventKind.ERROR, {"code": ending.code})
     data = {"status": ending.state, "code": ending.code, "tool_calls": len(run.calls)}
     tokens = {"input_tokens": run.input_tokens, "output_tokens": run.output_tokens}
     run.events.emit(EventKind.RUN_FINISHED, data | tokens)

@@ -11,12 +11,15 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.audit import repository as audit
 from app.policies.decision import Decision
 from app.policies.engine import ToolRequest
-from app.runs import contents
+from app.runs import contents, repository
+from app.runs.approvals import approved
 from app.runs.approvals import repository as approvals
 from app.runs.approvals.repository import Standing
 from app.runs.context import Call, RunContext
+from app.runs.lifecycle import recording
 from app.runs.models import ToolCall
 from app.runs.state import Outcome
 from app.servers import deciding
@@ -85,15 +88,46 @@ async def read(session: AsyncSession, run: RunContext) -> Resumption:
     return await _Rebuilding(session, run, standings).rebuilt()
 
 
-def may_be_repeated(run: RunContext, call: Call, *, version: int) -> bool:
-    """Whether a call in doubt may be made again: declared so, and allowed by the policy that holds now. What it was
-    approved under is that `version` alone.
+async def take_up(session: AsyncSession, run: RunContext) -> Resumption:
+    """Read the run as whoever goes on with it, once nobody else can add to its journal: what a dead process was at ends
+    as unknown, but for what may be made again.
     """
-    caller = run.caller
-    request = ToolRequest(call.tool, call.arguments, user_id=str(caller.user_id), role=caller.role.value)
+    resumption = await read(session, run)
+    # Only the last turn's: what came before it was answered, even where the answer was not committed.
+    again = [
+        asked.call.sequence
+        for asked in resumption.asked
+        if asked.call is not None and asked.call.turn == len(run.messages) and _may_be_repeated(run, asked)
+    ]
+    return await read(session, run) if await leave_unknown(session, run, but=again) else resumption
+
+
+def has_lost_session(run: RunContext) -> bool:
+    """True where it has called a server that keeps what it was told, which is in the process of before."""
+    return any(run.policy.document.is_stateful(call.tool.partition("__")[0]) for call in run.calls if call.decision)
+
+
+async def leave_unknown(session: AsyncSession, run: RunContext, *, but: Sequence[int] = ()) -> bool:
+    """Close the calls that a dead process was at, `but` those of these numbers; False where there were none."""
+    lost = await repository.leave_unknown(session, [run.run_id], but=but)
+    for call in run.calls:
+        if call.sequence in {sequence for _, sequence, _ in lost}:
+            call.outcome = Outcome.UNKNOWN
+    unknown = recording.in_doubt(run, [(sequence, tool) for _, sequence, tool in lost])
+    await audit.append(session, run.caller.tenant_id, *unknown)
+    return bool(lost)
+
+
+def _may_be_repeated(run: RunContext, asked: Asked) -> bool:
+    """Whether a call in doubt may be made again: declared so, and allowed by the policy that holds now. What somebody
+    approved of is that call of that tool, as both were then.
+    """
+    caller, standing = run.caller, asked.standing
+    request = ToolRequest(asked.tool, asked.arguments, user_id=str(caller.user_id), role=caller.role.value)
     decision = deciding.decide(run.policy, request)
-    is_allowed = bool(decision) or (decision.needs_approval and version == run.policy.version)
-    return is_allowed and run.policy.document.is_idempotent(call.tool)
+    is_approved = standing is not None and approved.is_bound(run, asked.tool, asked.arguments, standing)
+    is_allowed = bool(decision) or (decision.needs_approval and is_approved)
+    return is_allowed and run.policy.document.is_idempotent(asked.tool)
 
 
 async def _messages(session: AsyncSession, run: RunContext) -> list[str]:

@@ -17,8 +17,8 @@ _ENDINGS: Final[Mapping[tuple[str, str | None], Ending]] = {
 
 def ending_of(run: Run) -> Ending:
     """How a run has ended, in general words: its row keeps no others."""
-    if run.state == State.CANCELLED and run.cancel_cause is not None:
-        return cancelled(StopCause(run.cancel_cause))
+    if run.state == State.CANCELLED:
+        return cancelled(StopCause(run.cancel_cause) if run.cancel_cause is not None else None)
     known = _ENDINGS.get((run.state, run.code))
     return known or replace(INTERNAL, state=State(run.state), code=run.code)
 

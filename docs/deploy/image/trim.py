@@ -58,7 +58,8 @@ def _put_in_ours() -> None:
     with Path("/etc/passwd").open("a") as users, Path("/etc/group").open("a") as groups:
         users.write(f"bulkhead:x:{_USER}:{_USER}:Bulkhead:/tmp:/nonexistent\n")
         groups.write(f"bulkhead:x:{_USER}:\n")
-    for folder in ("/var/lib/bulkhead", "/run/bulkhead"):
+    # A volume that is new takes its owner from the folder that it covers.
+    for folder in ("/var/lib/bulkhead", "/var/lib/bulkhead-heads", "/run/bulkhead"):
         Path(folder).mkdir(mode=0o700, parents=True)
         os.chown(folder, _USER, _USER)
 

@@ -12,6 +12,7 @@ from uuid import UUID
 import pytest
 from prometheus_client import REGISTRY
 
+from app.caller import Caller
 from app.errors import AppError
 from app.policies import versions
 from app.runs.approvals import approved
@@ -19,6 +20,8 @@ from app.runs.approvals import repository as approvals
 from app.runs.approvals.rulings import ArgumentsDenied, Ruling
 from app.runs.arguments import canonical
 from app.runs.schemas import RunSummaryOut
+from app.scopes import Role
+from app.tenants import repository as tenants
 from tests.runs.approvals.waiting import APPROVING, ARGUMENTS, TOOL, Waiting, caller_of, rule, waiting_run
 from tests.service import Service, Tenant
 
@@ -127,6 +130,26 @@ async def test_edited_arguments_that_the_policy_denies_are_refused_and_the_call_
     assert await waiting.state() == ("waiting_approval", "waiting")
     assert (await waiting.standing())[1].is_edited is False
     assert await ruled(service, tenant, waiting, APPROVE) == "queued"
+
+
+async def test_edited_arguments_are_decided_on_for_the_role_that_the_run_was_asked_with(service: Service) -> None:
+    """Whoever has become an admin since gets no more for it."""
+    admins = APPROVING.replace('like "*secret*" };', 'like "*secret*" && context.role != "tenant_admin" };')
+    tenant = await service.new_tenant(policy=admins)
+    caller = await caller_of(service, tenant, tenant.user_id)
+    edited = Ruling(is_approved=True, arguments=SECRET)
+    asked = await waiting_run(service, tenant)
+    await promote(service, caller)
+    with pytest.raises(ArgumentsDenied, match="no-secrets"):
+        await rule(service, caller, asked, edited)
+    assert (
+        await rule(service, caller, await waiting_run(service, tenant, role=Role.TENANT_ADMIN), edited)
+    ).status == "queued"
+
+
+async def promote(service: Service, caller: Caller) -> None:
+    async with service.app.state.database.transaction(caller.tenant_id) as session:
+        await tenants.set_user_role(session, caller.user_id, Role.TENANT_ADMIN)
 
 
 async def test_an_approval_is_used_once(service: Service, tenant: Tenant, waiting: Waiting) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pytest
@@ -154,6 +154,21 @@ async def test_the_call_is_made_with_the_arguments_that_were_approved(house: Hou
     assert hashes["approval.requested"] == [asked]
     assert hashes["approval.decided"] == [made]
     assert asked != made
+
+
+async def test_a_server_that_is_the_runs_alone_is_there_again_once_the_run_goes_on(house: House) -> None:
+    """In the process that has let the run wait, and ended its server of before."""
+    alone = POLICY.replace("root: docs", "root: docs, isolation: run")
+    tenant = await house.service.new_tenant(policy=alone, files={"note.md": WORD})
+    asked = ToolCall("docs__list_directory", {}), ToolCall(TOOL, {"path": "note.md"})
+    house.model.state.scenarios.add(Reply(tool_calls=asked))
+    house.model.says("Heron.")
+    own = replace(house, tenant=tenant)
+    location, (approval,) = await own.waits()
+    await tenant.user.make(f"/v1/approvals/{approval}/approve")
+    run = await own.ended(location)
+    assert (run["status"], run["code"]) == ("succeeded", None)
+    assert own.results()[-1] == WORD
 
 
 async def test_what_nobody_decides_on_in_time_is_denied_and_the_run_goes_on(house: House) -> None:

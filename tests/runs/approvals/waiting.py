@@ -79,11 +79,12 @@ async def waiting_run(
     tenant: Tenant,
     *more: Mapping[str, Any],
     user_id: str | None = None,
+    role: Role = Role.USER,
     expires_s: float = 600,
 ) -> Waiting:
     """A run of the tenant's user that waits with one call, and with one more for each of `more`."""
     state = service.app.state
-    caller = await caller_of(service, tenant, user_id or tenant.user_id)
+    caller = await caller_of(service, tenant, user_id or tenant.user_id, role)
     policy = await state.policies.current(caller.tenant_id, caller.generation)
     async with state.database.transaction(caller.tenant_id) as session:
         tenant_key = await open_tenant_key(session, state.keyring, caller.tenant_id)

@@ -132,9 +132,7 @@ async def test_a_user_cancels_their_run(limited: Service, patient: Tenant, model
     run_id = await running_run(limited, patient)
     cancelled = await patient.user.post(f"/v1/runs/{run_id}/cancel")
     assert cancelled.status_code == httpx.codes.ACCEPTED
-    started = time.monotonic()
     answer = await asking
-    assert time.monotonic() - started < 4
     assert answer.json()["run_id"] == run_id
     run = await assert_ended(patient, answer, status=409, state="cancelled", code="cancelled")
     assert run["cancel_cause"] == "user"

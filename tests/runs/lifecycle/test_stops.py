@@ -14,11 +14,13 @@ import httpx
 import psutil
 import pytest
 
+from app.runs.agent.executor import Executor
+from app.runs.models import Run
+from app.runs.repeats.answers import ending_of
+from tests.beside import AT_MOST_S, assert_in_time
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 from tests.slow_model import TOOL, SlowModel, Turn, slow_model
 
-# The promise is a second; the machine that tests this may be busy with other things.
-SOON_S: Final = 3.0
 Stop = Callable[["Flight"], Awaitable[None]]
 
 
@@ -127,12 +129,20 @@ STOPS: Final = [
 async def test_a_run_in_flight_ends_at_once_and_with_its_cause(
     slow: Slow, stop: Stop, cause: str, next_query: tuple[int, str | None]
 ) -> None:
-    flight = await take_off(slow)
-    await stop(flight)
-    ordered = time.monotonic()
+    async def fly() -> float:
+        flight = await take_off(slow)
+        await stop(flight)
+        return await until_stopped(slow, flight, cause, next_query)
+
+    await assert_in_time(fly)
+
+
+async def until_stopped(slow: Slow, flight: Flight, cause: str, next_query: tuple[int, str | None]) -> float:
+    """In how many seconds it has ended that was just stopped; nothing of it goes on, and the record says why."""
+    stopped = time.monotonic()
     try:
-        answer = await asyncio.wait_for(flight.asking, SOON_S)
-        assert time.monotonic() - ordered < SOON_S
+        answer = await asyncio.wait_for(flight.asking, AT_MOST_S)
+        took = time.monotonic() - stopped
         assert (answer.status_code, answer.json()["code"]) == (409, "cancelled")
         assert cause.replace("_", " ") in answer.json()["detail"]
         await assert_nothing_goes_on(slow, flight, next_query)
@@ -147,6 +157,7 @@ async def test_a_run_in_flight_ends_at_once_and_with_its_cause(
     assert [(data["state"], data["cause"]) for data in ends] == [("cancelled", cause)]
     orders = [event["data"] for event in events if event["type"] == "run.cancel_ordered"]
     assert orders == ([{"cause": cause}] if cause in {"user", "policy_revoked"} else [])
+    return took
 
 
 async def assert_nothing_goes_on(slow: Slow, flight: Flight, next_query: tuple[int, str | None]) -> None:
@@ -214,10 +225,38 @@ async def test_a_switch_for_another_tool_stops_nothing(slow: Slow) -> None:
     assert flight.calls() == 2
 
 
+async def test_a_stop_that_a_call_meets_first_is_told_with_its_cause_however_often_it_is_asked(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before whatever watches over the run has seen it."""
+    monkeypatch.setattr(Executor, "stop", lambda *_: None)
+    tenant = await slow.service.new_tenant(policy=DEFAULT_MODEL_POLICY, files={"note.md": "hello"})
+    query, once = secrets.token_hex(8), {"Idempotency-Key": secrets.token_hex(8)}
+
+    def ask() -> Awaitable[httpx.Response]:
+        return tenant.user.post("/query", json={"query": query}, headers=once)
+
+    asking = asyncio.ensure_future(ask())
+    await asyncio.wait_for(slow.model.turns[query].arrived.wait(), 15)
+    switch = await tenant.admin.make("/v1/switches", json={"scope": "tenant", "reason": "test"})
+    slow.model.turns[query].released.set()
+    first = await asyncio.wait_for(asking, AT_MOST_S)
+    await tenant.admin.delete(f"/v1/switches/{switch['id']}")
+    again = await ask()
+    assert (first.status_code, first.json()["detail"]) == (409, "The run was cancelled: kill switch.")
+    assert (again.status_code, again.json()) == (409, first.json() | {"request_id": again.json()["request_id"]})
+    assert (await tenant.user.get(f"/v1/runs/{first.json()['run_id']}")).json()["cancel_cause"] == "kill_switch"
+
+
+def test_a_run_that_was_cancelled_is_told_as_such_also_where_nobody_knows_why() -> None:
+    ending = ending_of(Run(state="cancelled", code="cancelled", cancel_cause=None))
+    assert (ending.http_status, ending.code, ending.detail) == (409, "cancelled", "The run was cancelled.")
+
+
 async def test_one_tenants_switch_stops_no_other_tenant(slow: Slow) -> None:
     stopped, going = await take_off(slow), await take_off(slow)
     await stop_tenant(stopped)
-    assert (await asyncio.wait_for(stopped.asking, SOON_S)).status_code == 409
+    assert (await asyncio.wait_for(stopped.asking, AT_MOST_S)).status_code == 409
     await asyncio.sleep(0.5)
     going.turn.released.set()
     assert (await going.asking).status_code == 200
@@ -225,9 +264,17 @@ async def test_one_tenants_switch_stops_no_other_tenant(slow: Slow) -> None:
 
 @pytest.mark.parametrize(("scope", "target"), [("tool", TOOL), ("server", "docs"), ("tenant", None)])
 async def test_a_tool_that_is_being_called_is_stopped_in_the_call(slow: Slow, scope: str, target: str | None) -> None:
-    before = children()
-    flight = await take_off(slow)
-    servers = children() - before
+    async def fly() -> float:
+        before = children()
+        flight = await take_off(slow)
+        return await until_stopped_in_the_call(flight, children() - before, scope=scope, target=target)
+
+    await assert_in_time(fly)
+
+
+async def until_stopped_in_the_call(
+    flight: Flight, servers: set[psutil.Process], *, scope: str, target: str | None
+) -> float:
     assert servers
     for process in servers:
         process.suspend()  # the call that comes now never returns by itself
@@ -235,10 +282,13 @@ async def test_a_tool_that_is_being_called_is_stopped_in_the_call(slow: Slow, sc
     await asyncio.sleep(0.5)
     assert not flight.asking.done()
     await flight.tenant.admin.make("/v1/switches", json={"scope": scope, "target": target, "reason": "test"})
-    answer = await asyncio.wait_for(flight.asking, SOON_S)
+    stopped = time.monotonic()
+    answer = await asyncio.wait_for(flight.asking, AT_MOST_S)
+    took = time.monotonic() - stopped
     assert (answer.status_code, answer.json()["code"]) == (409, "cancelled")
     run = await flight.run()
     assert (run["cancel_cause"], [call["tool"] for call in run["tool_calls"]]) == ("kill_switch", [TOOL, TOOL])
+    return took
 
 
 def children() -> set[psutil.Process]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Final
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
@@ -16,14 +18,16 @@ from app.caller import Caller
 from app.db import new_id
 from app.limits.budgets import Limits, Tokens
 from app.limits.repository import lock
+from app.policies import versions
 from app.policies.decision import Decision
 from app.runs import contents, repository
+from app.runs.approvals import repository as approvals
 from app.runs.context import Call, RunContext
 from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.opening import Opened, Opening, Question
 from app.runs.models import Run, ToolCall
 from app.runs.state import WAITING, Ending, Outcome, RunEnded, State, StopCause
-from tests.runs.approvals.waiting import TOOL, caller_of
+from tests.runs.approvals.waiting import APPROVING, TOOL, caller_of
 from tests.service import POLICY, Service, Tenant
 
 ALLOWED: Final = Decision(allowed=True, rule="allow", reason="")
@@ -125,7 +129,7 @@ async def test_nobody_ends_a_run_between_the_look_at_its_orders_and_the_decision
         contents.add(stall, run, contents.Kind.TURN, run.messages[0], sequence=1)
         await writes.send(stall)
         deciding = asyncio.create_task(journal.record(run, call, ALLOWED))
-        await waits_for_another(service, run)
+        await waits_for_another(service, run.caller)
         async with database.transaction(run.caller.tenant_id) as other:
             await other.execute(text("set local lock_timeout = '200ms'"))
             with pytest.raises(DBAPIError, match="lock timeout"):
@@ -133,13 +137,13 @@ async def test_nobody_ends_a_run_between_the_look_at_its_orders_and_the_decision
     assert await deciding
 
 
-async def waits_for_another(service: Service, run: RunContext) -> None:
-    """Until some transaction of the app role waits for a lock."""
+async def waits_for_another(service: Service, caller: Caller, *, waiting: int = 1) -> None:
+    """Until so many transactions of the app role wait for a lock."""
     query = text("select count(*) from pg_stat_activity where wait_event_type = 'Lock' and usename = current_user")
     async with asyncio.timeout(10):
         while True:
-            async with service.app.state.database.transaction(run.caller.tenant_id) as session:
-                if await session.scalar(query):
+            async with service.app.state.database.transaction(caller.tenant_id) as session:
+                if (await session.scalar(query) or 0) >= waiting:
                     return
             await asyncio.sleep(0.02)
 
@@ -184,22 +188,31 @@ async def test_who_has_lost_a_run_sets_nothing_aside_for_it(
 async def test_who_stalls_with_the_account_of_a_tenant_keeps_nobody_from_renewing_and_stopping_runs(
     service: Service, run: RunContext
 ) -> None:
-    state = service.app.state
+    """Nor other tenants' runs that have lost their process from their end, which the service's watch may see to."""
+    state, stranger = service.app.state, await service.new_tenant()
+    other = await begun(service, await caller_of(service, stranger, stranger.user_id))
     await sql(service, run, "update runs set kind = 'interactive' where id = :id")
-    await sql(service, run, _LAPSE)
-    async with state.database.transaction(run.caller.tenant_id) as stalled, asyncio.timeout(5):
+    counted = interruptions()
+    async with state.database.transaction(run.caller.tenant_id) as stalled, asyncio.timeout(8):
         await lock(stalled, run.caller.tenant_id)
-        with pytest.raises(DBAPIError, match="lock timeout"):
-            await reaps(service)
+        for lost in (run, other):
+            await sql(service, lost, _LAPSE)
+        while await state_of(service, other) != State.INTERRUPTED:
+            await state.watch.reap()
+        await asyncio.sleep(0.1)
+        assert (await state_of(service, run), interruptions()) == (State.RUNNING, counted + 1)
     async with asyncio.timeout(5):
         while await state_of(service, run) != State.INTERRUPTED:
             await state.watch.reap()
+    assert interruptions() == counted + 2, "each once, though it was tried before"
 
 
-async def reaps(service: Service) -> None:
-    """Again and again: the service's own watch may have the run this moment."""
-    while True:
-        await service.app.state.watch.reap()
+def interruptions() -> float:
+    """As the metrics have counted them."""
+    found = REGISTRY.get_sample_value(
+        "bulkhead_runs_total", {"tenant": "other", "state": "interrupted", "code": "interrupted"}
+    )
+    return found or 0
 
 
 async def test_who_stalls_with_a_run_keeps_no_other_from_being_renewed(service: Service, run: RunContext) -> None:
@@ -231,6 +244,33 @@ async def test_a_call_in_doubt_is_made_again_only_where_the_policy_of_now_allows
     opened = await taken_up(service, run)
     assert bool(opened.resumption.asked) is is_made
     assert await rows(service, run) == [(1, "allowed", None if is_made else "unknown")]
+
+
+@pytest.mark.parametrize("is_another", [True, False])
+async def test_an_approved_call_in_doubt_is_made_again_only_as_the_tool_that_was_approved(
+    service: Service, run: RunContext, journal: Journal, tenant: Tenant, *, is_another: bool
+) -> None:
+    """Its process died while it made the call; the version stays, as after a quarantine was accepted."""
+    await tenant.admin.publish(APPROVING)
+    caller = await caller_of(service, tenant, tenant.user_id)
+    run.policy = await service.app.state.policies.current(caller.tenant_id, caller.generation)
+    await sql(service, run, "update runs set policy_version = 2 where id = :id")
+    (call,) = asks(run, "note.md")
+    await journal.record(run, call, HELD)
+    async with service.app.state.database.transaction(caller.tenant_id) as session:
+        await approvals.request(session, run, call, expires_s=600)
+        await session.execute(text("update approvals set state = 'approved', decided_at = now()"))
+        (standing,) = (await approvals.standing(session, run.run_id)).values()
+    await journal.approve(run, call, ALLOWED, standing.id)
+    if is_another:
+        async with service.app.state.database.transaction(caller.tenant_id) as session:
+            holding = await versions.read_published(session)
+            assert holding is not None
+            tools = [replace(tool, description="Reads, and tells others.") for tool in holding.pinned()]
+            await versions.repin(session, caller.tenant_id, tools, replaces=holding)
+    opened = await taken_up(service, run)
+    assert (opened.run.policy.version, bool(opened.resumption.asked)) == (2, not is_another)
+    assert await rows(service, run) == [(1, "allowed", "unknown" if is_another else None)]
 
 
 async def test_a_call_that_was_to_wait_is_decided_on_by_the_policy_of_now(
@@ -266,6 +306,6 @@ async def test_a_cancel_that_comes_as_a_run_begins_to_wait_ends_it(
     async with service.app.state.database.transaction(run.caller.tenant_id) as session:
         assert await repository.order_cancel(session, run.caller, StopCause.USER, run_id=run.run_id)
         suspending: asyncio.Task[Ending] = asyncio.create_task(service.app.state.runs._closing.suspend(run))
-        await waits_for_another(service, run)
+        await waits_for_another(service, run.caller)
     assert await suspending is not WAITING
     assert await state_of(service, run) == State.CANCELLED
