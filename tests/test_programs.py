@@ -22,10 +22,8 @@ from pydantic import SecretStr
 
 from app.auth.jwks import DevelopmentIssuer
 from app.embedded.demo import Demo, read_env
-from app.runs.state import State
 from tests.breaking_line import breaking_line
 from tests.documents.blocks import blocks, commands
-from tests.runs.faults import TERMINAL
 from tests.service import POLICY, Client, Databases, Service, Tenant, running_service
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -252,19 +250,3 @@ def test_the_page_has_each_program_in_each_language() -> None:
     for task in tasks[1:]:
         languages = [block.language for block in blocks(task) if block.is_tested]
         assert languages == list(LANGUAGES), task.splitlines()[0]
-
-
-ARROWS: Final = re.findall(r"^    (\S+) --> ([^\s:]+)(?:: (.+))?$", RUNS, re.MULTILINE)
-
-
-def test_the_diagram_has_the_states_of_the_code_and_says_who_changes_them() -> None:
-    assert {name for start, end, _ in ARROWS for name in (start, end)} - {"[*]"} == set(State)
-    assert {start for start, end, _ in ARROWS if end == "[*]"} == TERMINAL
-    assert {start for start, _, _ in ARROWS if start in TERMINAL} == {start for start, end, _ in ARROWS if end == "[*]"}
-    assert all(who for _, end, who in ARROWS if end != "[*]")
-    assert len(ARROWS) == RUNS.count(" --> ")
-
-
-def test_the_table_says_which_states_are_the_last() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (yes|no) \|$", RUNS, re.MULTILINE)
-    assert dict(rows) == {state.value: "no" if state in TERMINAL else "yes" for state in State}
