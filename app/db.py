@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -10,8 +10,10 @@ from typing import Any, Final
 from uuid import UUID
 
 import uuid_utils.compat
-from sqlalchemy import ColumnElement, DateTime, MetaData, Table, make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import ColumnElement, DateTime, MetaData, Table, event, make_url, text
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from sqlalchemy.pool import QueuePool
@@ -23,6 +25,10 @@ from app.telemetry.traces import Span
 from app.writes import session_of
 
 _PORT: Final = 5432
+# As Postgres ends and as it begins, where it has no connection to give, and where a connection has failed.
+_AWAY: Final = ("57P01", "57P02", "57P03", "53300", "08")
+# We have stalled in a transaction, and it has ended that.
+_STALLED: Final = "25P03"
 # A process that stalls in the middle loses its locks, which others wait for, as soon as a statement would.
 _SET_TENANT = text(
     "select set_config('app.tenant_id', :tenant_id, true),"
@@ -154,7 +160,7 @@ def made_within(
 
 def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
     """An engine whose statements never wait for ever; `url` is of one role only."""
-    return create_async_engine(
+    engine = create_async_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
@@ -163,6 +169,33 @@ def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
         connect_args={"timeout": 10, "command_timeout": 30},
         hide_parameters=True,
     )
+    event.listen(engine.sync_engine, "do_connect", _connected)
+    return engine
+
+
+class Unreachable(OperationalError):
+    """Nobody answers where the database should be."""
+
+
+def _connected(
+    dialect: Dialect, _record: object, arguments: Sequence[Any], options: dict[str, Any]
+) -> DBAPIConnection | None:
+    """SQLAlchemy leaves an OSError as it is, and nobody could tell it from that of a file or a tool."""
+    try:
+        return dialect.connect(*arguments, **options)
+    except OSError as error:  # a TimeoutError is one
+        raise Unreachable(None, None, error) from error
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database could not be reached, or a connection to it was lost: whatever it was to do is not to blame,
+    and may succeed once it is back.
+    """
+    if isinstance(error, DBAPIError):
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        is_lost = error.connection_invalidated and state != _STALLED
+        return is_lost or state.startswith(_AWAY) or isinstance(error, Unreachable)
+    return isinstance(error, PoolTimeout)
 
 
 def connections(engine: AsyncEngine) -> tuple[int, int]:

@@ -196,7 +196,7 @@ class Settings(BaseSettings):
     # Background runs of one tenant: under way or next at once, on all workers together, and queued.
     background_per_tenant: Annotated[int, Field(ge=1)] = 8
     background_queued: Annotated[int, Field(ge=1)] = 10_000
-    # How many processes may die with a background run, lose the database under it, or fail to take it up.
+    # How many processes may die with a background run, or fail to take it up; that the database is lost is no death.
     run_attempts: Annotated[int, Field(ge=1)] = 5
     # How long runs under way may go on once their process is asked to end, in seconds.
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 25

@@ -35,6 +35,7 @@ from app.runs.dispatch import DEAD_AFTER_S, SWEEP_S, Dispatch
 from app.runs.lifecycle import unclaimable
 from app.runs.service import RunService, Worked
 from app.runs.state import INTERNAL
+from app.runs.watch import Grace
 from app.sandbox.choice import ProbedSandbox
 from app.servers import templates
 from app.settings import Settings
@@ -106,8 +107,10 @@ class Worker:
         platform: PlatformDatabase,
         places: int,
         attempts: int,
+        grace: Grace,
     ) -> None:
         self._runs = runs
+        self._grace = grace
         self._dispatch = dispatch
         self._database = database
         self._platform = platform
@@ -199,7 +202,7 @@ class Worker:
             try:
                 await self._bury()
                 async with self._platform.transaction() as session:
-                    await self._dispatch.sweep(session)
+                    await self._dispatch.sweep(session, with_dead=self._grace.is_over)
             except _DATABASE_LOST as error:
                 _log.warning("sweep.database_unavailable", error=type(error).__name__)
             except Exception:  # noqa: BLE001  nothing queued is forgotten for a defect that one round met
@@ -246,6 +249,7 @@ async def at_work(state: Any, urls: DatabaseUrls, *, drain_s: float) -> AsyncIte
         platform=state.platform,
         places=state.settings.worker_runs,
         attempts=state.settings.run_attempts,
+        grace=state.watch.grace,
     )
     async with AsyncExitStack() as stack:
         task = lifetime.start(stack, worker.keep(), "worker")

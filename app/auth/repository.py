@@ -22,20 +22,26 @@ from app.platform_db import PlatformDatabase
 _FIND_KEY: Final = """
 select k.id, k.tenant_id, k.user_id, k.mac_key_id, k.mac, k.rate, u.role, t.generation,
        k.revoked_at is null and coalesce(k.expires_at > now(), true) as is_valid,
-       coalesce(k.last_used_at < now() - interval '1 minute', true) as is_use_unnoted,
+       case when coalesce(k.last_used_at < now() - interval '1 minute', true) then now() end as unnoted_use_at,
        u.disabled_at is null and t.status = 'active' as is_active
 from api_keys k
 join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
 join tenants t on t.id = k.tenant_id
 where k.lookup = $1
 """
-# What another process notes now is left to it.
+# What another process notes now is left to it; where it was later, that stays.
 _NOTE_USES: Final = text("""
-update api_keys set last_used_at = now() where (tenant_id, id) in (
-    select k.tenant_id, k.id from unnest(:tenants, :keys) as used (tenant_id, id)
+with free as (
+    select k.tenant_id, k.id, used.at from unnest(:tenants, :keys, :ats) as used (tenant_id, id, at)
     join api_keys k on k.tenant_id = used.tenant_id and k.id = used.id for update of k skip locked
 )
-""").bindparams(bindparam("tenants", type_=pg.ARRAY(pg.UUID())), bindparam("keys", type_=pg.ARRAY(pg.UUID())))
+update api_keys k set last_used_at = greatest(k.last_used_at, free.at)
+from free where k.tenant_id = free.tenant_id and k.id = free.id
+""").bindparams(
+    bindparam("tenants", type_=pg.ARRAY(pg.UUID())),
+    bindparam("keys", type_=pg.ARRAY(pg.UUID())),
+    bindparam("ats", type_=pg.ARRAY(pg.TIMESTAMP(timezone=True))),
+)
 # A role that a token has claimed stays as it is for as long as its issuer is trusted; any other is the user's own.
 _IS_ACTIVE: Final = text("""
 select u.disabled_at is null and t.status = 'active'
@@ -68,13 +74,15 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key's row with its holder. `is_valid` is false once it has expired or been revoked."""
+    """A key's row with its holder. `is_valid` is false once it has expired or been revoked; `unnoted_use_at` is now, by
+    the database's clock, unless a use of the last minute is noted.
+    """
 
     id: UUID
     mac: Mac = field(repr=False)
     holder: Holder
     is_valid: bool
-    is_use_unnoted: bool
+    unnoted_use_at: datetime | None
     rate: str | None
 
 
@@ -86,7 +94,7 @@ async def find_key(platform: PlatformDatabase, lookup: str) -> StoredKey | None:
     holder = _holder(row["tenant_id"], row["user_id"], row)
     mac = Mac(row["mac_key_id"], row["mac"])
     return StoredKey(
-        row["id"], mac, holder, is_valid=row["is_valid"], is_use_unnoted=row["is_use_unnoted"], rate=row["rate"]
+        row["id"], mac, holder, is_valid=row["is_valid"], unnoted_use_at=row["unnoted_use_at"], rate=row["rate"]
     )
 
 
@@ -101,11 +109,12 @@ async def recheck(session: AsyncSession, caller: Caller) -> None:
         raise Unauthenticated
 
 
-async def note_uses(session: AsyncSession, used: Mapping[UUID, UUID]) -> None:
-    """Platform role: keys, each with its tenant, were used now. All in one statement, since where keys are many and
+async def note_uses(session: AsyncSession, used: Mapping[UUID, tuple[UUID, datetime]]) -> None:
+    """Platform role: when keys, each with its tenant, were used. All in one statement, since where keys are many and
     each is used now and then, every request would write a row.
     """
-    await session.execute(_NOTE_USES, {"keys": list(used), "tenants": list(used.values())})
+    tenants, ats = zip(*used.values(), strict=True)
+    await session.execute(_NOTE_USES, {"keys": list(used), "tenants": tenants, "ats": ats})
 
 
 async def find_issuer(session: AsyncSession, issuer: str, audiences: Sequence[str]) -> Issuer | None:

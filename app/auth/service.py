@@ -91,7 +91,8 @@ class Authenticator:
         self._keyring = keyring
         self._remote_keys = remote_keys
         self._inline_keys: dict[UUID, tokens.KeySet] = {}
-        self._used: dict[UUID, UUID] = {}  # keys, each with its tenant, that were used since this was last noted
+        # Keys that were used since this was last noted, each with its tenant and when.
+        self._used: dict[UUID, tuple[UUID, datetime]] = {}
         self._failures: MinuteCounts[tuple[UUID, str, str]] = MinuteCounts()
         self._uses: MinuteCounts[_Use] = MinuteCounts(minutes=60, most=_MAX_USES)
 
@@ -120,8 +121,8 @@ class Authenticator:
             return _Refused(Refusal.KEY_NOT_VALID, holder.tenant_id, holder.user_id)
         if not holder.is_active:
             return _Refused(Refusal.NOT_ACTIVE, holder.tenant_id, holder.user_id)
-        if stored.is_use_unnoted:
-            self._used[stored.id] = holder.tenant_id
+        if stored.unnoted_use_at is not None:
+            self._used[stored.id] = holder.tenant_id, stored.unnoted_use_at
         return _caller(holder, key_id=stored.id, key_rate=stored.rate)
 
     async def _by_token(self, token: str) -> Caller | _Refused:
@@ -194,21 +195,26 @@ class Authenticator:
             await audit.append(session, tenant_id, event)
 
     async def note_uses(self) -> None:
-        """Keep when keys were last used; to be called every few seconds. What is lost here is noted at the next use."""
+        """Keep when keys were last used; to be called every few seconds. What fails is tried again."""
         used, self._used = self._used, {}
-        if used:
+        if not used:
+            return
+        try:
             async with self._platform.transaction() as session:
                 await repository.note_uses(session, used)
+        except BaseException:  # cancelled as well
+            self._used = used | self._used
+            raise
 
     async def finish(self) -> None:
         """Record all that is counted, since the process ends; the log tells how many the database does not take."""
         try:
             async with asyncio.timeout(_FINISH_S):
+                await self.note_uses()
                 await self.flush_failures(at_end=True)
                 await self.flush_uses(at_end=True)
-                await self.note_uses()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            lost = {"failures": self._failures.untold, "uses": self._uses.untold}
+            lost = {"failures": self._failures.untold, "uses": self._uses.untold, "keys": len(self._used)}
             _log.error("audit.counts_lost", error=type(error).__name__, **lost)
 
     async def flush_uses(self, *, at_end: bool = False) -> None:

@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import ip_address
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import httpcore
@@ -28,14 +28,19 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _MAX_ADDRESSES: Final = 4
 _KEEPALIVE_S: Final = 30
-# The last two: httpcore lets TLS failures of anyio through unmapped.
-_FETCH_FAILURES: Final = (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ssl.SSLError, anyio.EndOfStream)
+# What httpcore lets through as it is, where TLS breaks after its handshake.
+_TLS_BROKEN: Final = (ssl.SSLError, anyio.EndOfStream)
+_FETCH_FAILURES: Final = (httpx.HTTPError, httpx.InvalidURL, TimeoutError)
 # A small compressed body can hold a very large one.
 _PLAIN: Final = {"Accept-Encoding": "identity", "Accept": "application/json"}
 
 
 class AddressRefused(httpcore.ConnectError):
     """The host has an address that may not be dialled. Callers of httpx see a ConnectError caused by this."""
+
+
+class CertificateRefused(httpcore.ConnectError):
+    """The host's certificate does not verify. Callers of httpx see a ConnectError caused by this."""
 
 
 async def ask_system(host: str, port: int) -> Sequence[str]:
@@ -46,6 +51,44 @@ async def ask_system(host: str, port: int) -> Sequence[str]:
     except UnicodeError as malformed:  # a label that IDNA cannot encode
         raise OSError("not a host name") from malformed
     return [str(sockaddr[0]) for *_, sockaddr in answers]
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """One of httpcore's, of which every failure is an error of httpcore."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's signature
+        try:
+            return await self._stream.read(max_bytes, timeout)
+        except _TLS_BROKEN as failure:
+            raise httpcore.ReadError("TLS broke") from failure
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore's signature
+        try:
+            await self._stream.write(buffer, timeout)
+        except _TLS_BROKEN as failure:
+            raise httpcore.WriteError("TLS broke") from failure
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        except httpcore.ConnectError as failure:
+            if isinstance(failure.__cause__, ssl.SSLCertVerificationError):
+                raise CertificateRefused("the host's certificate does not verify") from failure
+            raise
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 class _PinnedBackend(httpcore.AnyIOBackend):
@@ -67,10 +110,10 @@ class _PinnedBackend(httpcore.AnyIOBackend):
         share = timeout / len(addresses) if timeout is not None else None
         for address in addresses[:-1]:
             try:
-                return await super().connect_tcp(address, port, share, local_address, socket_options)
+                return _Stream(await super().connect_tcp(address, port, share, local_address, socket_options))
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
-        return await super().connect_tcp(addresses[-1], port, share, local_address, socket_options)
+        return _Stream(await super().connect_tcp(addresses[-1], port, share, local_address, socket_options))
 
     async def _vetted(self, host: str, port: int, *, within_s: float | None) -> list[str]:
         try:

@@ -13,9 +13,10 @@ from typing import Any, Final
 import cedarpy
 
 from app.errors import Fault
+from app.policies import cedar_texts, footprint
 from app.policies import rules as cedar_rules
 from app.policies.arguments import check_arguments, check_reading
-from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of, schema_of
+from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of
 from app.policies.decision import BuiltIn, Decision, Denial
 from app.policies.document import PolicyDocument, PolicyInvalid
 from app.policies.overrides import NarrowerTools, prefix
@@ -31,9 +32,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_CALLERS: Final = 1_000
 # All of them hold the names of all tools: about 0.2 KB for each.
 _MAX_NAMES: Final = 100_000
-# A schema takes some fifty times its text: nearly all that a small policy takes.
-_MAX_SHARED: Final = 64
-_MAX_SHARED_TEXT: Final = 16_384
 # All servers together: with these and 500 rules a policy compiles in seconds.
 MAX_TOOLS: Final = 1_024
 MAX_SCHEMA_VALUES: Final = 25_000
@@ -49,6 +47,11 @@ class PinnedTool:
     server: str
     description: str
     input_schema: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def texts(self) -> tuple[str, str, Mapping[str, Any]]:
+        """What its server chose the size of."""
+        return self.name, self.description, self.input_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class CompiledPolicy:
     _caller: Callable[[str, str], _Caller] = field(repr=False)
     # All that decide, those that globs stand for too: to be explained by, never to decide.
     rules: tuple[Rule, ...] = field(repr=False, default=())
+    # About as many bytes of memory, with the document and the tools.
+    weight: int = 0
 
     def visible_to(self, user_id: str, role: str) -> tuple[PinnedTool, ...]:
         """The tools that some call of this caller could be allowed to use; every call of the others is denied."""
@@ -139,7 +144,8 @@ class CompiledPolicy:
             return ()
         found = set(self._approvals(tool, request))
         for is_permit in (True, False):  # alone, since of an answer only the rules of its own side are told
-            policies = _policy_set(rule for rule in self.rules if rule.is_permit is is_permit)
+            own = cedar_texts.policies(rule for rule in self.rules if rule.is_permit is is_permit)
+            policies = cedar_texts.read_policies(own)
             try:
                 arguments = project(request.arguments, tool.arguments)
                 found |= set(self._ask(request, tool.pinned.server, arguments, policies).diagnostics.reasons)
@@ -217,14 +223,19 @@ def _compiled(
         name: record_of(schemas[name][0]) if index.is_conditional(covering[name]) else Record() for name in covering
     }
     actions = [Action(tool.name, tool.server, records[tool.name]) for tool in tools]
-    schema = _schema(document, actions, overrides=len(document.overrides))
+    schema_text = cedar_texts.schema(document, actions, overrides=len(document.overrides))
+    schema = cedar_texts.read_schema(schema_text)
     costs = cedar_rules.reading_costs(rules, actions)
     made = {
         tool.name: _Tool(tool, schemas[tool.name][1], records[tool.name], covering[tool.name], costs[tool.name])
         for tool in tools
     }
     callers = _callers(document, index, schema, tools=len(tools))
-    return CompiledPolicy(made, index, _policy_set(rules), schema, callers, tuple(rules))
+    text = cedar_texts.policies(rules)
+    definitions = [(*tool.texts, schemas[tool.name][0]) for tool in tools]
+    values = document.model_dump(), definitions, [rule.statement for rule in rules]
+    weight = footprint.of_policy(*values, tools=len(tools), schema=len(schema_text), policies=len(text))
+    return CompiledPolicy(made, index, cedar_texts.read_policies(text), schema, callers, tuple(rules), weight)
 
 
 def _callers(
@@ -370,29 +381,9 @@ def _check_rules(document: PolicyDocument, actions: Sequence[Action], rules: Seq
     """Raise PolicyInvalid where the rules do not fit the tools."""
     if not rules:
         return
-    faults = cedar_rules.schema_faults(document.tools.rules, rules, _schema(document, actions))
+    schema = cedar_texts.read_schema(cedar_texts.schema(document, actions))
+    faults = cedar_rules.schema_faults(document.tools.rules, rules, schema)
     for rule in rules:
         faults += cedar_rules.guard_faults(rule, actions)
     if faults:
         raise PolicyInvalid(faults=faults)
-
-
-def _schema(document: PolicyDocument, actions: Sequence[Action], *, overrides: int = 0) -> cedarpy.Schema:
-    text = json.dumps(schema_of(actions, document.servers, overrides=overrides))
-    return _shared_schema(text) if len(text) <= _MAX_SHARED_TEXT else cedarpy.Schema.from_json_str(text)
-
-
-@lru_cache(maxsize=_MAX_SHARED)
-def _shared_schema(text: str) -> cedarpy.Schema:
-    """Says nothing but what tools there are: one for all policies with the same servers, whosever they are."""
-    return cedarpy.Schema.from_json_str(text)
-
-
-def _policy_set(rules: Iterable[Rule]) -> cedarpy.PolicySet:
-    static = {rule.id: rule.statement for rule in rules if rule.is_permit or rule.is_forbid}
-    text = json.dumps({"templates": {}, "staticPolicies": static, "templateLinks": []})
-    try:
-        return cedarpy.PolicySet.from_json_str(text)
-    except ValueError as error:
-        fault = Fault(cedar_rules.WHERE, "A rule is too deep to compile: join at most 50 conditions in one rule.")
-        raise PolicyInvalid(faults=[fault]) from error

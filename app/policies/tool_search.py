@@ -51,6 +51,11 @@ class ToolIndex:
             for word, count in _weights(tool).items():
                 self._counts[word][tool.name] = count
 
+    @property
+    def words(self) -> Mapping[str, Mapping[str, int]]:
+        """Each, with the tools in which it is and how often."""
+        return self._counts
+
     def search(self, query: str) -> list[PinnedTool]:
         """The best first, at most ten; those in which no word of the query is are left out."""
         scores: defaultdict[str, float] = defaultdict(float)

@@ -29,8 +29,9 @@ from app.policies.engine import CompiledPolicy, PinnedTool, compile_policy, rule
 from app.policies.models import PolicyPublication, PolicyVersion, PublishedPolicy
 from app.tenants import repository as tenants
 
-# Of tools and rules in all: a policy takes some 25 KiB, and up to as much again for each tool.
-_MAX_CACHED: Final = 200_000
+# In bytes, as `footprint` has them; and what it takes to know that there is none.
+_MAX_CACHED: Final = 1_300 << 20
+_NONE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Version(VersionHead):
     document: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ActivePolicy:
     """The version that holds, parsed and compiled; a run keeps the one that it started under.
 
@@ -237,11 +238,7 @@ class _Cached:
     generation: int
     stamp: tuple[int, datetime] | None
     active: ActivePolicy | None
-
-    @property
-    def weight(self) -> int:
-        """What it takes of the room."""
-        return 1 + (len(self.active.tools) + len(self.active.compiled.rules) if self.active else 0)
+    weight: int = _NONE
 
 
 class PolicyCache:
@@ -289,13 +286,19 @@ class PolicyCache:
         stamp = published.stamp if published else None
         before = self._cached.get(tenant_id)
         if before is not None and before.stamp == stamp:
-            active = before.active
+            cached = replace(before, generation=generation)
+        elif published is not None:
+            cached = await to_thread.run_sync(self._made, generation, published)
         else:
-            active = await to_thread.run_sync(published.compiled) if published else None
-            active = active and replace(active, document=self._caps.applied(active.document))
+            cached = _Cached(generation, None, None)
         self.forget(tenant_id)
-        self._cached[tenant_id] = cached = _Cached(generation, stamp, active)
+        self._cached[tenant_id] = cached
         self._weight += cached.weight
         while self._weight > _MAX_CACHED and len(self._cached) > 1:
             self.forget(next(iter(self._cached)))
         return cached
+
+    def _made(self, generation: int, published: Published) -> _Cached:
+        active = published.compiled()
+        active = replace(active, document=self._caps.applied(active.document))
+        return _Cached(generation, published.stamp, active, active.compiled.weight)

@@ -114,6 +114,11 @@ class RunContext:
             raise
         self.written = max(self.written, messages)
 
+    def unwrite(self, unwritten: Sequence[Call], written: int, *, is_committed: bool) -> None:
+        """Have it as it was before `writing`, unless the transaction that it was in is known to be committed."""
+        if not is_committed:
+            self.unwritten, self.written = [*unwritten, *self.unwritten], written
+
     def keep(self, governed: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Govern a call in a task of its own, which ends before the run does and which nobody else may cancel."""
         task = asyncio.create_task(governed)

@@ -149,12 +149,14 @@ class Dispatch:
         """
         await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": times * _PUT_OFF_S})
 
-    async def sweep(self, session: AsyncSession) -> int:
-        """Platform role: jobs for whatever has none and should, and how many. One process at a time."""
+    async def sweep(self, session: AsyncSession, *, with_dead: bool = True) -> int:
+        """Platform role: jobs for whatever has none and should, and how many; `with_dead` also for what dead processes
+        have left. One process at a time.
+        """
         if not await session.scalar(_IS_SWEPT):
             return 0
         await session.execute(_FORGET_LOST)
-        made = await session.scalar(_DEFER_DEAD) or 0
+        made = (await session.scalar(_DEFER_DEAD) or 0) if with_dead else 0
         for tenant_id in (await session.scalars(_TENANTS)).all():
             made += await self.promote(session, tenant_id, is_patient=True)
         return made

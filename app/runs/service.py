@@ -7,9 +7,15 @@ import time
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
+from itertools import chain, repeat
+from typing import Final
 from uuid import UUID
 
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
 from app.caller import Caller
+from app.db import is_away
 from app.limits.queue import Busy, RunQueue
 from app.policies.versions import ActivePolicy
 from app.runs.agent.executor import Executor
@@ -18,10 +24,14 @@ from app.runs.lifecycle import observing
 from app.runs.lifecycle.closing import Closing
 from app.runs.lifecycle.opening import Opened, Opening, Question
 from app.runs.lifecycle.queued import Unclaimed
-from app.runs.state import DATABASE_LOST, GIVEN_BACK, WAITING, Ending, StopCause
+from app.runs.state import DATABASE_FAILED, DATABASE_LOST, GIVEN_BACK, WAITING, Ending, StopCause
 from app.telemetry.metrics import count_run
 
 __all__ = ["Answered", "Question", "RunService", "Submitted", "Worked"]
+
+_log = structlog.get_logger()
+# How long to wait for a database that is away: from the first number of seconds to the last.
+_PAUSES_S: Final = (0.5, 1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +133,36 @@ class RunService:
             return await self._carried_out(opened)
 
     async def _carried_out(self, opened: Opened) -> Ending:
-        run = opened.run
+        run, is_durable = opened.run, opened.run.is_durable  # one that waits becomes so
         ending, cause = await self._executor.execute(run, opened)
+        if not is_durable:
+            return await self._closed(run, ending, cause)
+        try:
+            if ending is not DATABASE_LOST:
+                return await self._closed(run, ending, cause)
+        except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
+        return await self._given_back(run)
+
+    async def _closed(self, run: RunContext, ending: Ending, cause: StopCause | None) -> Ending:
         if ending is WAITING:
             return await self._closing.suspend(run)
-        if run.is_durable and (ending is DATABASE_LOST or (self._is_giving_back and cause is StopCause.SHUTDOWN)):
-            return await self._closing.give_back(run, has_died=ending is DATABASE_LOST)
+        if run.is_durable and (ending is DATABASE_FAILED or (self._is_giving_back and cause is StopCause.SHUTDOWN)):
+            return await self._closing.give_back(run, has_died=ending is DATABASE_FAILED)
         return await self._closing.finish(run, ending, cause)
+
+    async def _given_back(self, run: RunContext) -> Ending:
+        """Once the database is back: till then nobody else can take the run up, and no process has died with it."""
+        for pause_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
+            try:
+                return await self._closing.give_back(run, is_put_off=True)
+            except SQLAlchemyError as error:
+                if self._is_giving_back or not is_away(error):
+                    raise
+                _log.warning("run.database_unavailable", run_id=str(run.run_id), error=type(error).__name__)
+            await asyncio.sleep(pause_s)
+        raise AssertionError("pauses do not end")
 
     async def submit(self, caller: Caller, policy: ActivePolicy, question: Question) -> Submitted:
         """Put a query into the queue of background runs, or record why it may not be there. Raise TooManyRuns."""

@@ -76,6 +76,7 @@ SESSION_LOST: Final = Ending(
 WAITING: Final = Ending(State.WAITING_APPROVAL, "approval_required", 202, "A tool call waits for an approval.")
 GIVEN_BACK: Final = Ending(State.QUEUED, None, 202, "The run goes on in another process.")
 DATABASE_LOST: Final = Ending(State.FAILED, "unavailable", 503, "The database was not available while the run went on.")
+DATABASE_FAILED: Final = Ending(State.FAILED, "unavailable", 503, "The database did not do its part of the run.")
 INTERNAL: Final = Ending(State.FAILED, "internal", 500, "Something went wrong on our side.")
 
 

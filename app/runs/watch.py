@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 from uuid import UUID
 
@@ -46,6 +47,34 @@ where t.id = any(:tenants)
 """)
 
 
+class Grace:
+    """Whether a lease that is over says that its process is dead. After the database was away it does not, before
+    everybody has had time to renew theirs.
+    """
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._ends = float("-inf")
+
+    @property
+    def is_over(self) -> bool:
+        """True where leases are to be believed."""
+        return time.monotonic() >= self._ends
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """The block asks the database, which answers soon where it is there; the grace counts from its first answer."""
+        began = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self._ends = float("inf")
+            raise
+        now = time.monotonic()
+        if now - began > self._lease_s / 3 or self._ends == float("inf"):
+            self._ends = now + self._lease_s
+
+
 class Watch:
     """Two loops a process: while one waits for what others hold of dead runs, this one's are renewed and stopped.
 
@@ -69,6 +98,7 @@ class Watch:
         self._lease_s = lease_s
         self._attempts = attempts
         self._renewed = float("-inf")
+        self.grace = Grace(lease_s)
 
     async def keep(self) -> None:
         """Go on until cancelled; a database that does not answer is asked again."""
@@ -128,9 +158,10 @@ class Watch:
 
     async def reap(self) -> None:
         """End the runs whose lease has run out and that nobody takes up, each with its event."""
-        async with self._platform.transaction() as session:
-            tenants = await repository.tenants_left(session, attempts=self._attempts)
-        for tenant_id in tenants:
+        with self.grace.asking():
+            async with self._platform.transaction() as session:
+                tenants = await repository.tenants_left(session, attempts=self._attempts)
+        for tenant_id in tenants if self.grace.is_over else ():
             await self._reap_of(tenant_id)
 
     async def _reap_of(self, tenant_id: UUID) -> None:

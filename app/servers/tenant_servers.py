@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
-from app.db import Database
+from app.db import Database, is_away
 from app.errors import AppError, NotFound
 from app.policies import definitions
 from app.policies.document import DeclaredServer
@@ -132,6 +132,8 @@ class TenantServers:
         except (ServerUnavailable, SandboxUnavailable):
             raise
         except (AppError, SQLAlchemyError, OSError) as error:
+            if is_away(error):
+                raise  # a run that is taken up again finds it back
             _log.warning("server.not_started", server=server, error=type(error).__name__)
             detail = error.detail if isinstance(error, AppError) else f"The tool server {server!r} does not start now."
             raise ServerUnavailable(detail) from None

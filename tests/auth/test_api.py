@@ -153,6 +153,34 @@ async def test_the_last_use_of_a_key_is_kept(service: Service, tenant: Tenant) -
     assert abs(datetime.now(UTC) - last_used) < timedelta(minutes=1)
 
 
+async def test_a_process_that_ends_notes_when_keys_were_used_and_takes_nothing_back(
+    service: Service, tenant: Tenant
+) -> None:
+    earlier, later = await new_key(tenant), await new_key(tenant)
+    for key in (earlier, later):
+        await status(service, key["key"])
+    used_by = datetime.now(UTC)
+    await asyncio.sleep(0.1)
+    noted = "update api_keys set last_used_at = now() where id = :id returning last_used_at"
+    ((of_another,),) = await service.sql(noted, role="platform", id=UUID(later["id"]))
+    await service.app.state.authenticator.finish()
+    found = [datetime.fromisoformat((await listed(tenant, key["id"]))["last_used_at"]) for key in (earlier, later)]
+    assert found[0] < used_by, "when it was used, and not when that is written"
+    assert found[1] == of_another > used_by, "another process has seen it later"
+
+
+async def test_when_keys_were_used_is_kept_until_the_database_has_it(service: Service, tenant: Tenant) -> None:
+    key, authenticator = await new_key(tenant), service.app.state.authenticator
+    await status(service, key["key"])
+    noting = asyncio.create_task(authenticator.note_uses())
+    await asyncio.sleep(0)
+    noting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await noting
+    await authenticator.note_uses()
+    assert (await listed(tenant, key["id"]))["last_used_at"] is not None
+
+
 async def test_a_key_is_for_a_user_of_the_tenant(service: Service, tenant: Tenant) -> None:
     me = (await service.platform.get("/v1/me")).json()
     body = {"user_id": me["user_id"], "name": "platform"}

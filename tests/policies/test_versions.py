@@ -97,7 +97,7 @@ async def test_a_large_policy_takes_the_room_of_many_small_ones(
     service: Service, tenant: Tenant, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that nobody has used for longest go: thousands of small ones may stay, and of large ones fewer."""
-    monkeypatch.setattr(versions, "_MAX_CACHED", 2)
+    monkeypatch.setattr(versions, "_MAX_CACHED", 2 * versions._NONE)
     cache = PolicyCache(Database(engine))
     first, second, third = [UUID((await service.new_tenant(policy=None)).id) for _ in range(3)]
     for each in (first, second, first, third):

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import structlog
 from anyio import to_thread
 from mcp.types import CallToolResult
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from app.db import is_away
 from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.runs.agent.chats import Chats
@@ -29,6 +29,7 @@ from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.opening import Opened
 from app.runs.redaction import Redactor
 from app.runs.state import (
+    DATABASE_FAILED,
     DATABASE_LOST,
     INTERNAL,
     RUN_TIMEOUT,
@@ -51,12 +52,11 @@ from app.telemetry.metrics import RUNS_IN_FLIGHT
 _log = structlog.get_logger()
 # The same for a call that is made again by the process that takes the run up: a server may know it by that.
 IDEMPOTENCY_KEY: Final = "bulkhead/idempotency-key"
-# What a database that goes away shows itself as.
-_REFUSED: Final = (IntegrityError, DataError, ProgrammingError)  # it is there, and would say so again
-_DATABASE_LOST: Final = (DBAPIError, PoolTimeout, ConnectionError, FileNotFoundError, TimeoutError)
-# In units of 4 KiB: an agent takes some twenty, and one more for each tool.
-_MAX_AGENTS: Final = 300_000
-_AN_AGENT: Final = 20
+# What a database that is there and in trouble shows itself as.
+_REFUSED: Final = (IntegrityError, DataError, ProgrammingError)  # it would say so again
+_DATABASE_FAILED: Final = (DBAPIError, ConnectionError, FileNotFoundError, TimeoutError)
+# In bytes, as `footprint` has them.
+_MAX_AGENTS: Final = 820 << 20
 # Overrides can make one for each user.
 _MAX_OF_A_TENANT: Final = 20
 _MADE_AT_ONCE: Final = 4
@@ -74,7 +74,7 @@ class _Flight:
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    policy: ActivePolicy
+    policy: ReferenceType[ActivePolicy]  # of which it keeps the tools, and no more
     chat: GovernedChat
     agent: GovernedAgent
     weight: int
@@ -137,9 +137,9 @@ class Executor:
         except Exception as error:  # noqa: BLE001  a defect of ours or a library's still ends the run, once, and is logged
             if deadline.expired():
                 return RUN_TIMEOUT
-            if isinstance(error, _DATABASE_LOST) and not isinstance(error, _REFUSED):
+            if is_away(error) or (isinstance(error, _DATABASE_FAILED) and not isinstance(error, _REFUSED)):
                 _log.warning("run.database_unavailable", error=type(error).__name__)
-                return DATABASE_LOST
+                return DATABASE_LOST if is_away(error) else DATABASE_FAILED
             _log.exception("run.failed", run_id=str(run.run_id))
             return INTERNAL
         finally:
@@ -166,7 +166,7 @@ class Executor:
 
     def _find(self, key: _Key, policy: ActivePolicy, chat: GovernedChat) -> _Shared | None:
         cached = self._agents.get(key)
-        if cached is None or cached.policy is not policy or cached.chat is not chat:
+        if cached is None or cached.policy() is not policy or cached.chat is not chat:
             return None
         self._agents.move_to_end(key)
         return cached
@@ -177,7 +177,7 @@ class Executor:
             shared = self._find(key, policy, chat)
             if shared is None:
                 agent = await to_thread.run_sync(self._new_agent, policy, chat, tools)
-                shared = _Shared(policy, chat, agent, weight=_AN_AGENT + len(tools))
+                shared = _Shared(ref(policy), chat, agent, agent.weight)
                 self._keep(key, shared)
             return shared
 

@@ -21,12 +21,13 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from langchain_core.outputs import ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import StructuredTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai import ChatOpenAI
 from mcp_use import MCPAgent, MCPClient
 from pydantic import PrivateAttr
 
 from app.limits.budgets import Tokens
-from app.policies import tool_search
+from app.policies import footprint, tool_search
 from app.policies.engine import PinnedTool
 from app.policies.tool_search import ToolIndex
 from app.runs.agent.gate import Gate
@@ -88,11 +89,12 @@ class GovernedChat(ChatOpenAI):
     _bound: dict[tuple[int, ...], tuple[Sequence[Any], Runnable[LanguageModelInput, AIMessage]]] | None = PrivateAttr(
         default=None
     )
+    _told: dict[int, tuple[Any, dict[str, Any]]] = PrivateAttr(default_factory=dict)
 
     def for_one_agent(self) -> Self:
         """The same model with a memory of bound tools, which are the agent's and so must go when it goes."""
         own = self.model_copy()
-        own._bound = {}  # noqa: SLF001  a copy of ours
+        own._bound, own._told = {}, {}  # noqa: SLF001  a copy of ours
         return own
 
     def sent_to(self, endpoint: Endpoint) -> Self:
@@ -113,8 +115,15 @@ class GovernedChat(ChatOpenAI):
         if key not in self._bound:
             if len(self._bound) >= _MAX_BOUND:  # of a search's many combinations
                 self._bound.clear()
-            self._bound[key] = (tools, super().bind_tools(tools, **kwargs))  # with the tools, to keep the ids valid
+            told = [self._as_told(tool) for tool in tools]
+            self._bound[key] = (tools, super().bind_tools(told, **kwargs))  # with the tools, to keep the ids valid
         return self._bound[key][1]
+
+    def _as_told(self, tool: Any) -> dict[str, Any]:
+        """A copy of its whole schema: one, for all that it is bound together with."""
+        if id(tool) not in self._told:
+            self._told[id(tool)] = tool, convert_to_openai_tool(tool)
+        return self._told[id(tool)][1]
 
     async def ainvoke(
         self,
@@ -233,6 +242,13 @@ def _search_tool() -> StructuredTool:
     )
 
 
+def _weight(tools: Sequence[PinnedTool], index: ToolIndex | None, instructions: SystemMessage) -> int:
+    """Bytes of memory, about: the definitions, and what the model is told of them, which is made of them later."""
+    definitions = [tool.texts for tool in tools]
+    words = index.words if index is not None else {}
+    return 2 * footprint.held(definitions) + footprint.of_agent(words, instructions.content, tools=len(tools))
+
+
 class GovernedAgent(MCPAgent):
     """What all runs of one policy version share: the offered tools and the compiled loop."""
 
@@ -255,6 +271,7 @@ class GovernedAgent(MCPAgent):
         if self.index is not None:
             self._tools.append(_search_tool())
         self._system_message = SystemMessage(content=instructions or _DEFAULT_INSTRUCTIONS)
+        self.weight = _weight(tools, self.index, self._system_message)
         # Turns are counted by GovernedChat; LangGraph's own limit only must not come first.
         self.recursion_limit = 10_000
         self._agent_executor = self._create_agent()

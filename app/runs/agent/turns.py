@@ -15,6 +15,7 @@ import orjson
 
 from app.limits.budgets import Tokens
 from app.limits.meter import Meter
+from app.outbound.client import CertificateRefused
 from app.runs.agent import chunks
 from app.runs.events.deltas import Deltas
 
@@ -143,7 +144,7 @@ def _wait_s(error: httpx.HTTPStatusError | httpx.RequestError, attempt: int) -> 
     """Seconds to wait before the next attempt; None where it would not help."""
     backoff_s: float = min(0.5 * 2**attempt, 8) * random.uniform(0.75, 1)  # noqa: S311  spreads load, guards nothing
     if not isinstance(error, httpx.HTTPStatusError):
-        return backoff_s
+        return None if isinstance(error.__cause__, CertificateRefused) else backoff_s
     status = error.response.status_code
     if status not in _AGAIN and status < 500:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Final
 from uuid import UUID
 
 from app.audit import repository as audit
@@ -21,6 +22,9 @@ from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.stops import read_orders
 from app.runs.state import GIVEN_BACK, INTERRUPTED, WAITING, Ending, State, StopCause, cancelled
 from app.telemetry.metrics import count_run
+
+# Of how long a run is put off: to a minute.
+_DOUBLINGS: Final = 5
 
 
 class Closing:
@@ -69,8 +73,10 @@ class Closing:
             return await self.finish(run, cancelled(orders.stop), orders.stop)
         return WAITING
 
-    async def give_back(self, run: RunContext, *, has_died: bool) -> Ending:
-        """Queue the run again: its process ends, or, as `has_died` says, it has lost the database under the run."""
+    async def give_back(self, run: RunContext, *, has_died: bool = False, is_put_off: bool = False) -> Ending:
+        """Queue the run again: its process ends, the database has failed it, which counts as if that `has_died`, or has
+        gone away; then it `is_put_off`, for twice as long each time that it was taken up.
+        """
         async with self._database.transaction(run.caller.tenant_id) as session:
             if not await repository.give_back(session, run, has_died=has_died):
                 return INTERRUPTED
@@ -79,7 +85,11 @@ class Closing:
             await audit.append(session, run.caller.tenant_id, recording.returned(run))
             run.events.emit(EventKind.RUN_QUEUED, {"attempt": run.attempt})
             await run.events.write(session, attempt=run.attempt)
-            await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
+            if is_put_off:
+                times = 2 ** min(run.attempt - 1, _DOUBLINGS)
+                await self._dispatch.put_off(session, run.caller.tenant_id, run.run_id, times=times)
+            else:
+                await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
             await self._budgets.settle(session, run, goes_on=True)
         return GIVEN_BACK
 

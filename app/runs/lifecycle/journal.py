@@ -6,6 +6,7 @@ With them stand the model's messages of a run that another process may take up, 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -26,7 +27,7 @@ from app.runs.lifecycle.budgets import take_call
 from app.runs.lifecycle.stops import Orders, read_orders
 from app.runs.models import ToolCall
 from app.runs.state import INTERRUPTED, Ending, Outcome, RunEnded, cancelled
-from app.writes import insert_into, later
+from app.writes import at_end, insert_into, later
 
 _USED_UP = Decision.deny(BuiltIn.APPROVAL_VOIDED, "the approval of this call does not hold any more")
 _KILLED = Decision(allowed=False, rule=BuiltIn.KILL_SWITCH, reason="this tool has been stopped")
@@ -137,9 +138,11 @@ class Journal:
                 await self._write(session, run, noted)
 
     async def flush(self, session: AsyncSession, run: RunContext) -> None:
-        """Write the outcomes noted so far, in the caller's transaction."""
+        """Write the outcomes noted so far, in the caller's transaction; where that fails, they stay noted."""
+        before = run.unwritten, run.written
         with run.writing() as noted:
             await self._write(session, run, noted)
+        at_end(session, partial(run.unwrite, *before))
 
     async def _write(self, session: AsyncSession, run: RunContext, noted: Sequence[Call]) -> None:
         if run.is_durable:

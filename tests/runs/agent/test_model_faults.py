@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import certifi
 import pytest
 from llmock.scenarios import Delay, Fail, ToolFault
 
+from tests.runs.agent.breaking_tls import BreakingModel, Fault, breaking_model
 from tests.runs.faults import (
+    MODEL_KEY,
     RawModel,
     ScriptedModel,
     assert_ended,
@@ -28,18 +32,38 @@ _HUGE_USAGE = {"prompt_tokens": 10**30, "completion_tokens": 1, "total_tokens": 
 
 
 @pytest.fixture(scope="module")
+async def breaking(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[BreakingModel]:
+    async with breaking_model(tmp_path_factory.mktemp("breaking")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
 async def ground(
-    scripted: ScriptedModel, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+    scripted: ScriptedModel, breaking: BreakingModel, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Service]:
     settings: dict[str, Any] = {"model_retries": 1, "model_timeout_s": 1}
     folder = tmp_path_factory.mktemp("scripted")
-    async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
-        yield service
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifi, "where", lambda: str(breaking.trusted.certificate))  # all public authorities
+        async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
+            yield service
 
 
 @pytest.fixture(scope="module")
 async def tenant(ground: Service) -> Tenant:
     return await ground.new_tenant(policy=DEFAULT_MODEL_POLICY, files={"note.md": "a note"})
+
+
+@pytest.fixture(scope="module")
+async def breaking_tenant(ground: Service, breaking: BreakingModel) -> Tenant:
+    url = f"https://127.0.0.1:{breaking.port}/v1"
+    entry = {"name": "breaking", "base_url": url, "models": ["small"], "credential": MODEL_KEY}
+    await ground.platform.make("/v1/platform/models", json=entry)
+    async with asyncio.timeout(5):
+        while "breaking" not in (await ground.platform.get("/v1/models")).text:  # noqa: ASYNC110  it tells nobody
+            await asyncio.sleep(0.05)
+    policy = DEFAULT_MODEL_POLICY.replace("default", "breaking")
+    return await ground.new_tenant(policy=policy, files={"note.md": "a note"})
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +190,19 @@ async def test_an_answer_that_is_none_ends_the_run(
     assert why in answer.json()["detail"]
     assert "own words" not in answer.text
     await assert_next_works(raw_tenant)
+
+
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+async def test_tls_that_breaks_is_a_broken_connection_and_a_wrong_certificate_is_not_asked_again(
+    breaking: BreakingModel, breaking_tenant: Tenant, fault: Fault
+) -> None:
+    before, breaking.faults = breaking.connections, [fault] * (1 if fault is Fault.UNTRUSTED else 2)
+    answer = await breaking_tenant.user.ask("Are you there?")
+    await assert_ended(breaking_tenant, answer, status=502, state="failed", code="model_failed")
+    assert answer.json()["detail"] == "The model endpoint could not be reached, or broke off."
+    assert breaking.faults == []
+    assert breaking.connections - before == (1 if fault is Fault.UNTRUSTED else 2)
+    await assert_next_works(breaking_tenant)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -12,10 +13,11 @@ from sqlalchemy import select
 
 from app.runs.agent.executor import Executor
 from app.runs.agent.governed import GovernedAgent
-from app.runs.context import RunContext
+from app.runs.context import Call, RunContext
 from app.runs.events.log import EventKind
 from app.runs.events.models import RunEvent
 from app.runs.lifecycle.closing import Closing
+from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.opening import Opened
 from app.runs.models import Run
 from app.runs.service import RunService, Worked
@@ -90,6 +92,20 @@ async def lease(service: Service, run: RunContext) -> Any:
         return await session.scalar(select(Run.lease_until).where(Run.id == run.run_id))
 
 
+async def test_what_a_run_has_noted_is_still_to_be_written_where_its_transaction_fails_in_the_end(
+    service: Service, run: RunContext
+) -> None:
+    journal: Journal = service.app.state.runs._closing._journal
+    run.is_durable, run.messages, run.unwritten = True, ["{}"], [Call(1, "docs__read_file", {})]
+    before = list(run.unwritten)
+    with suppress(ConnectionError):
+        async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+            await journal.flush(session, run)
+            assert (run.unwritten, run.written) == ([], 1)
+            raise ConnectionError
+    assert (run.unwritten, run.written) == (before, 0)
+
+
 async def test_runs_that_need_the_same_agent_at_once_have_it_made_once_and_a_stop_waits_for_none(
     service: Service, run: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +150,7 @@ async def test_a_worker_that_begins_anew_has_no_more_runs_under_way_than_places(
 
     monkeypatch.setattr(RunService, "work", work)
     parts = {"runs": state.runs, "dispatch": state.dispatch, "database": state.database, "platform": state.platform}
+    parts |= {"grace": state.watch.grace}
     worker = Worker("postgresql+asyncpg://nobody@127.0.0.1/none", **parts, places=2, attempts=1)
     before = [asyncio.create_task(worker._do(str(uuid4()), str(uuid4()))) for _ in range(2)]
     await asyncio.sleep(0.05)
