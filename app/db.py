@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from sys import maxsize
 from typing import Any, Final
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import uuid_utils.compat
 from sqlalchemy import ColumnElement, DateTime, MetaData, Table, event, make_url, text
@@ -25,8 +28,11 @@ from app.telemetry.traces import Span
 from app.writes import session_of
 
 _PORT: Final = 5432
-# As Postgres ends and as it begins, where it has no connection to give, and where a connection has failed.
-_AWAY: Final = ("57P01", "57P02", "57P03", "53300", "08")
+# So long a transaction waits for a connection.
+_PATIENCE_S: Final = 10
+# As Postgres ends and as it begins, where it has no connection to give, where a connection has failed, and where
+# somebody has held for too long what was to be locked.
+_AWAY: Final = ("57P01", "57P02", "57P03", "53300", "55P03", "08")
 # We have stalled in a transaction, and it has ended that.
 _STALLED: Final = "25P03"
 # A process that stalls in the middle loses its locks, which others wait for, as soon as a statement would.
@@ -36,7 +42,11 @@ _SET_TENANT = text(
 )
 # Advisory, since these are given in the order in which they are asked for. Of a row that many share somebody always
 # has a part, and whoever wants it alone may wait for ever.
-_SET_TENANT_AMONG = text(f"{_SET_TENANT.text}, pg_advisory_xact_lock_shared(hashtextextended(:among, 0))")
+# All of them wait for whoever is alone, who may have stalled: for less long than others wait for a connection.
+_SET_TENANT_AMONG = text(
+    f"{_SET_TENANT.text}, set_config('lock_timeout', '5s', true),"
+    " pg_advisory_xact_lock_shared(hashtextextended(:among, 0)), set_config('lock_timeout', '0', true)"
+)
 _ALONE = text("select pg_advisory_xact_lock(hashtextextended(:among, 0))")
 
 
@@ -164,7 +174,7 @@ def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
         url,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=10,
+        pool_timeout=_PATIENCE_S,
         pool_pre_ping=False,
         connect_args={"timeout": 10, "command_timeout": 30},
         hide_parameters=True,
@@ -188,8 +198,8 @@ def _connected(
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the database could not be reached, or a connection to it was lost: whatever it was to do is not to blame,
-    and may succeed once it is back.
+    """Whether the database could not be reached, a connection to it was lost, or somebody held a lock for too long:
+    whatever it was to do is not to blame, and may succeed later.
     """
     if isinstance(error, DBAPIError):
         state = str(getattr(error.orig, "sqlstate", None) or "")
@@ -223,11 +233,39 @@ def _lock_of(tenant_id: UUID, among: str) -> str:
     return f"{among} {tenant_id}"
 
 
-class Database:
-    """Transactions of the app role, each of which sees one tenant and nothing else."""
+class _Shares:
+    """Lets each tenant have so many at once. Who waits for too long fares as if there were no connection."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = max(1, most)
+        self._of: WeakValueDictionary[UUID, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def one_of(self, tenant_id: UUID) -> AsyncIterator[None]:
+        share = self._of.setdefault(tenant_id, asyncio.Semaphore(self._most))
+        try:
+            async with asyncio.timeout(_PATIENCE_S if share.locked() else None):
+                await share.acquire()
+        except TimeoutError as error:
+            raise PoolTimeout("The tenant has as many transactions under way as it may.") from error
+        try:
+            yield
+        finally:
+            share.release()
+
+
+class Database:
+    """Transactions of the app role, each of which sees one tenant and nothing else.
+
+    Where it `is_shared`, no tenant has more than three quarters of the connections at a time, nor more than one quarter
+    for transactions `among` others: all of these may wait for what a stalled process has locked of that tenant.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, is_shared: bool = False) -> None:
         self._engine = engine
+        size = connections(engine)[1]
+        self._all = _Shares(size - size // 4 if is_shared else maxsize)
+        self._among = _Shares(size // 4 if is_shared else maxsize)
 
     @asynccontextmanager
     async def transaction(self, tenant_id: UUID, *, among: str | None = None) -> AsyncIterator[AsyncSession]:
@@ -236,6 +274,8 @@ class Database:
         """
         with in_trace("app"):
             async with (
+                nullcontext() if among is None else self._among.one_of(tenant_id),
+                self._all.one_of(tenant_id),
                 session_of(self._engine) as session,
                 session.begin(),
             ):

@@ -24,8 +24,9 @@ from app.errors import ConfigurationError
 from app.keyring import Keyring
 from app.limits.admission import Admission, Most
 from app.limits.attempts import Attempts
-from app.limits.rates import TIMEOUT_S, RateLimiter
+from app.limits.rates import RateLimiter
 from app.limits.shared import SharedWindows
+from app.limits.turns import TIMEOUT_S
 from app.model_endpoints.following import StoredModels
 from app.outbound import catalogue
 from app.outbound.catalogue import ModelCatalogue, ModelEndpoint
@@ -65,7 +66,7 @@ def build(
     """Every part by the name that routes ask for it."""
     models = _checked_models(settings, rehearsal)
     keyring = _keyring(settings)
-    database = Database(create_engine(urls.app, pool_size=settings.database_pool))
+    database = Database(create_engine(urls.app, pool_size=settings.database_pool), is_shared=True)
     platform = PlatformDatabase(create_engine(urls.platform, pool_size=settings.database_pool))
     # Connections of its own: a flood of credentials to look up must not hold up what stops runs.
     watching = PlatformDatabase(create_engine(urls.platform, pool_size=2))

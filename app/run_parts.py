@@ -87,6 +87,7 @@ def build(on: Ground) -> dict[str, Any]:
         every_s=settings.run_watch_s,
         lease_s=settings.run_lease_s,
         attempts=settings.run_attempts,
+        claim_s=settings.run_claim_s,
     )
     backtests = Backtests(database=database, keyring=on.keyring)
     parts = {"executor": executor, "runs": runs, "watch": watch, "backtests": backtests, "dispatch": dispatch}

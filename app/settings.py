@@ -196,8 +196,10 @@ class Settings(BaseSettings):
     # Background runs of one tenant: under way or next at once, on all workers together, and queued.
     background_per_tenant: Annotated[int, Field(ge=1)] = 8
     background_queued: Annotated[int, Field(ge=1)] = 10_000
-    # How many processes may die with a background run, or fail to take it up; that the database is lost is no death.
-    run_attempts: Annotated[int, Field(ge=1)] = 5
+    # How many processes may die with a background run; that the database is lost is no death.
+    run_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
+    # For how long in all a background run is put off that no process can take up, before it ends, in seconds.
+    run_claim_s: Annotated[int, Field(ge=1, le=604_800)] = 3600
     # How long runs under way may go on once their process is asked to end, in seconds.
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 25
     # Streams of events that are open at once: of this process, and of one user on it.

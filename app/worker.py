@@ -6,7 +6,7 @@ import asyncio
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -16,7 +16,8 @@ import structlog
 from fastapi import FastAPI, Request
 from procrastinate import App, PsycopgConnector
 from procrastinate.exceptions import ConnectorException
-from procrastinate.jobs import DeleteJobCondition, Status
+from procrastinate.jobs import DeleteJobCondition, Job, Status
+from procrastinate.manager import JobManager
 from procrastinate.worker import Worker as Engine
 from psycopg import AsyncConnection
 from psycopg import Error as PsycopgError
@@ -26,7 +27,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import lifetime, operations, parts, problems
-from app.db import Database, DatabaseUrls
+from app.db import Database, DatabaseUrls, is_away
 from app.edge import Edge, bounds
 from app.errors import AppError, ConfigurationError
 from app.listening import listening
@@ -91,6 +92,20 @@ def _joined(value: Any) -> str:
     return ",".join("" if item is None else str(item) for item in value) if isinstance(value, list) else str(value)
 
 
+class _Jobs(JobManager):
+    """Takes none while no place is free for its run, so that another worker does: an engine that begins anew, as where
+    it lost the database, knows nothing of the runs that have gone on.
+    """
+
+    def __init__(self, connector: PsycopgConnector, places: asyncio.Semaphore) -> None:
+        super().__init__(connector)
+        self._places = places
+
+    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
+        """As the engine asks, again and again."""
+        return None if self._places.locked() else await super().fetch_job(queues, worker_id)
+
+
 class Worker:
     """Takes jobs and works on their runs, `places` at once; sweeps up what dead workers have left.
 
@@ -106,7 +121,7 @@ class Worker:
         database: Database,
         platform: PlatformDatabase,
         places: int,
-        attempts: int,
+        claim_s: int,
         grace: Grace,
     ) -> None:
         self._runs = runs
@@ -115,12 +130,12 @@ class Worker:
         self._database = database
         self._platform = platform
         self._places = places
-        self._attempts = attempts
+        self._claim_s = claim_s
         # Of the runs, which go on where the engine with its own places does not.
         self._free = asyncio.Semaphore(places)
-        self._app = App(
-            connector=PsycopgConnector(conninfo=conninfo(url), min_size=1, max_size=4, timeout=10, configure=_configure)
-        )
+        connector = PsycopgConnector(conninfo=conninfo(url), min_size=1, max_size=4, timeout=10, configure=_configure)
+        self._app = App(connector=connector)
+        self._app.job_manager = _Jobs(connector, self._free)
         self._app.task(name="run", queue=_QUEUE)(self._do)
         self._engine: Engine | None = None
         self._works: dict[UUID, asyncio.Task[None]] = {}
@@ -174,26 +189,30 @@ class Worker:
 
     async def _work(self, tenant_id: UUID, run_id: UUID) -> None:
         try:
+            then = await self._worked(tenant_id, run_id)
+            if then is not None:
+                await then(tenant_id, run_id)
+        except Exception as error:  # noqa: BLE001  as below; the next sweep finds the run without a job
+            _tell_failure(error, run_id)
+
+    async def _worked(self, tenant_id: UUID, run_id: UUID) -> Callable[[UUID, UUID], Awaitable[None]] | None:
+        """What is to be done with the run then, if anything is."""
+        try:
             worked = await self._runs.work(tenant_id, run_id)
-        except _DATABASE_LOST as error:
-            _log.warning("worker.database_unavailable", error=type(error).__name__)
-        except Exception:  # noqa: BLE001  one run's defect must not end the others; it is put off, and tried again
-            _log.exception("worker.failed", run_id=str(run_id))
-            await self._count_failure(tenant_id, run_id)
-            return
-        else:
-            if worked is not Worked.BUSY:
-                return
-        with suppress(*_DATABASE_LOST):  # then the next sweep finds it without a job
-            async with self._database.transaction(tenant_id) as session:
-                await self._dispatch.put_off(session, tenant_id, run_id)
+        except Exception as error:  # noqa: BLE001  one run's defect must not end the others; it is put off, and tried again
+            _tell_failure(error, run_id)
+            # What the database has refused, it refuses again: only its absence is nothing that counts.
+            return self._put_off if is_away(error) else self._count_failure
+        return self._put_off if worked is Worked.BUSY else None
+
+    async def _put_off(self, tenant_id: UUID, run_id: UUID) -> None:
+        async with self._database.transaction(tenant_id) as session:
+            await self._dispatch.put_off(session, tenant_id, run_id)
 
     async def _count_failure(self, tenant_id: UUID, run_id: UUID) -> None:
         """Nothing happens to one that was taken up, and whose end has failed: its lease runs out."""
-        has_ended = False
-        with suppress(*_DATABASE_LOST):
-            async with self._database.transaction(tenant_id) as session:
-                has_ended = await unclaimable.count(session, self._dispatch, tenant_id, run_id, attempts=self._attempts)
+        async with self._database.transaction(tenant_id) as session:
+            has_ended = await unclaimable.count(session, self._dispatch, run_id, claim_s=self._claim_s)
         if has_ended:
             metrics.count_run(tenant_id, INTERNAL.state.value, INTERNAL.code)
 
@@ -232,6 +251,13 @@ class Worker:
             await self._runs.close()  # also what was being taken up
 
 
+def _tell_failure(error: Exception, run_id: UUID) -> None:
+    if is_away(error):
+        _log.warning("worker.database_unavailable", error=type(error).__name__)
+    else:
+        _log.error("worker.failed", run_id=str(run_id), exc_info=error)
+
+
 async def _configure(connection: AsyncConnection[Any]) -> None:
     """The engine names its tables without their schema; not every pooler lets a connection say so as it begins."""
     await connection.execute("set search_path to bulkhead_jobs")
@@ -248,7 +274,7 @@ async def at_work(state: Any, urls: DatabaseUrls, *, drain_s: float) -> AsyncIte
         database=state.database,
         platform=state.platform,
         places=state.settings.worker_runs,
-        attempts=state.settings.run_attempts,
+        claim_s=state.settings.run_claim_s,
         grace=state.watch.grace,
     )
     async with AsyncExitStack() as stack:

@@ -40,14 +40,20 @@ class _Pruned:
 _Step = Row | Signed | _After | _Pruned
 
 
-def read_heads(lines: Iterable[bytes], *, source: str) -> Mapping[UUID, Sequence[Signed]]:
-    """Of each tenant; raise Unreadable. A last line without its end was cut off by a crash, and is no head."""
+def read_heads(lines: Iterable[bytes], *, source: str, tenant: UUID | None = None) -> Mapping[UUID, Sequence[Signed]]:
+    """Of each tenant, or of one; raise Unreadable. A last line without its end was cut off by a crash, and is no head.
+
+    All of them are kept, since the newest agrees as well with a chain that was cut and has grown on. One that is there
+    again, as several processes write it, is kept once.
+    """
     found: dict[UUID, list[Signed]] = defaultdict(list)
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             step = _read(line, number, source, is_head=True)
-            if isinstance(step, Signed):
-                found[step.head.tenant_id].append(step)
+            if isinstance(step, Signed) and tenant in {None, step.head.tenant_id}:
+                heads = found[step.head.tenant_id]
+                if not heads or heads[-1] != step:
+                    heads.append(step)
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import structlog
+from anyio import to_thread
 from sqlalchemy import and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -82,7 +83,7 @@ async def receipt(session: AsyncSession, signers: Signers, *, tenant_id: UUID, r
         "policy_version": policy_version,
         "state": state,
         "rows": [_described(row) for row in rows],
-        "spans": await _spans(session, [row.seq for row in rows]),
+        "spans": await _spans(session, signers, [row.seq for row in rows]),
         "issued_at": chain.timestamp(datetime.now(UTC)),
         "key_id": signers.key_id,
     }
@@ -136,7 +137,7 @@ def _data(row: Any, run_id: UUID) -> Mapping[str, Any]:
     return data
 
 
-async def _spans(session: AsyncSession, seqs: Sequence[int]) -> list[dict[str, Any]]:
+async def _spans(session: AsyncSession, signers: Signers, seqs: Sequence[int]) -> list[dict[str, Any]]:
     """One for each sealed batch that has rows of the run, from the first of them to the batch's head."""
     spans: list[dict[str, Any]] = []
     budget, covered = _MAX_DIGESTS, 0
@@ -150,13 +151,27 @@ async def _spans(session: AsyncSession, seqs: Sequence[int]) -> list[dict[str, A
         budget -= covered - seq + 1
         if budget < 0:
             raise ReceiptTooLarge
-        digests = select(Link.body_digest).where(Link.seq.between(seq, covered)).order_by(Link.seq)
-        found = (await session.scalars(digests)).all()
+        links = select(Link.body_digest).where(Link.seq.between(seq, covered)).order_by(Link.seq)
+        found = (await session.scalars(links)).all()
         if len(found) != covered - seq + 1:
             raise NotFound  # just pruned
-        before = {"seq": seq - 1, "hash": (await _hash_of(session, seq - 1)).hex()}
-        spans.append({"before": before, "digests": [digest.hex() for digest in found], "head": signed_head(head)})
+        before = await _hash_of(session, seq - 1)
+        if not await to_thread.run_sync(_leads_to, signers, head, before, found):
+            _log.error("audit.record_changed", tenant_id=str(head.tenant_id), seq=seq)
+            raise RecordChanged
+        digests = [digest.hex() for digest in found]
+        spans.append({"before": {"seq": seq - 1, "hash": before.hex()}, "digests": digests, "head": signed_head(head)})
     return spans
+
+
+def _leads_to(signers: Signers, stored: SignedHead, before: bytes, digests: Sequence[bytes]) -> bool:
+    """Whether the last rows up to a head lead to what a key of ours has signed. A digest can be edited like a text."""
+    head = chain.Head(stored.tenant_id, stored.seq, stored.hash, stored.signed_at, stored.key_id)
+    reached = before
+    for seq, digest in enumerate(digests, head.seq - len(digests) + 1):
+        reached = chain.link(head.tenant_id, seq, previous=reached, body_digest=digest)
+    document = chain.canonical_document(head.document())
+    return reached == head.hash and signers.verify(document, key_id=head.key_id, signature=stored.signature)
 
 
 async def _hash_of(session: AsyncSession, seq: int) -> bytes:

@@ -34,7 +34,7 @@ _AT_ONCE: Final = 4
 # Tenants of one transaction, and events of each of them where they are several.
 _TOGETHER: Final = 50
 _BATCH_OF_EACH: Final = 200
-# Whose queue is not empty: one probe of the index for each, however long the queues are.
+# Whose queue is not empty: two probes of the index for each, however long the queues are.
 _WAITING: Final = text("""
 with recursive waiting as (
     (select tenant_id, event_id from audit_pending order by tenant_id, event_id limit 1)
@@ -44,7 +44,10 @@ with recursive waiting as (
         where tenant_id > waiting.tenant_id order by tenant_id, event_id limit 1
     ) following
 )
-select tenant_id, event_id, extract(epoch from clock_timestamp())::float8 as now_s from waiting order by event_id
+select tenant_id, event_id, extract(epoch from clock_timestamp())::float8 as now_s,
+       (select p.event_id from audit_pending p where p.tenant_id = waiting.tenant_id order by p.event_id desc limit 1)
+           as last_id
+from waiting order by event_id
 """)
 _TENANTS: Final = bindparam("tenants", type_=pg.ARRAY(pg.UUID()))
 _LOCK: Final = text("""
@@ -148,7 +151,7 @@ class Sealer:
         """One batch of each tenant that has events waiting, the longest waiting first; True where some had more."""
         async with self._database.transaction(PLATFORM_TENANT) as session:
             waiting = (await session.execute(_WAITING)).all()
-        SEAL_LAG.set(max([0, *(row.now_s - _made_at_s(row.event_id) for row in waiting)]))
+        SEAL_LAG.set(max([0, *map(_lag_s, waiting)]))
         tenants = [row.tenant_id for row in waiting]
         batches = [tenants[at : at + _TOGETHER] for at in range(0, len(tenants), _TOGETHER)]
         return any(await asyncio.gather(*map(self._attempt, batches)))
@@ -217,6 +220,11 @@ class Sealer:
     async def close(self) -> None:
         """Close the connections; nothing may seal any more."""
         await self._database.dispose()
+
+
+def _lag_s(waiting: Any) -> float:
+    """Of the first and of the last that waits: what is of a time to come has been put there, so as never to be late."""
+    return float(max(abs(waiting.now_s - _made_at_s(each)) for each in (waiting.event_id, waiting.last_id)))
 
 
 def _made_at_s(event_id: UUID) -> float:

@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, and_, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.audit import chain
 from app.audit.events import EventType
 from app.audit.models import AuditEvent, Link
 from app.db import made_within
@@ -41,7 +42,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An event, and its place in the chain once it is sealed."""
+    """An event, and its place in the chain once it is sealed, where its text is the one that has been."""
 
     id: UUID
     body: str
@@ -52,7 +53,7 @@ class Found:
 async def page(session: AsyncSession, wanted: Wanted, *, before: UUID | None, limit: int) -> Sequence[Found]:
     """The newest events first."""
     found = await session.execute(statement(wanted, before=before, limit=limit))
-    return [Found(*row) for row in found.all()]
+    return [_found(*row) for row in found.all()]
 
 
 def statement(wanted: Wanted, *, before: UUID | None, limit: int) -> Select[Any]:
@@ -62,13 +63,18 @@ def statement(wanted: Wanted, *, before: UUID | None, limit: int) -> Select[Any]
         events = events.where(AuditEvent.id < before)
     chosen = events.order_by(AuditEvent.id.desc()).limit(limit).subquery()
     return (
-        select(chosen.c.id, chosen.c.body, Link.seq, Link.hash)
+        select(chosen.c.id, chosen.c.body, Link.body_digest, Link.seq, Link.hash)
         .outerjoin(
             Link,
             and_(Link.tenant_id == chosen.c.tenant_id, Link.event_id == chosen.c.id, Link.event_at == chosen.c.at),
         )
         .order_by(chosen.c.id.desc())
     )
+
+
+def _found(event_id: UUID, body: str, digest: bytes | None, seq: int | None, hash_: bytes | None) -> Found:
+    is_sealed = digest is not None and chain.digest(body) == digest
+    return Found(event_id, body, seq if is_sealed else None, hash_ if is_sealed else None)
 
 
 def _conditions(wanted: Wanted) -> Iterator[ColumnElement[bool]]:

@@ -32,7 +32,7 @@ with recursive found as (
 )
 select tenant_id from found
 """
-_FIRST: Final = text("select min(seq) from audit_chain where tenant_id = :tenant_id")
+_FIRST: Final = text("select seq, hash from audit_chain where tenant_id = :tenant_id order by seq limit 1")
 # The last one before the first row, and those whose rows are not gone yet.
 _CHECKPOINTS: Final = text("""
 select seq, hash, pruned_at, key_id, signature from audit_checkpoints
@@ -41,7 +41,7 @@ where tenant_id = :tenant_id and seq >= coalesce(
 )
 order by seq
 """)
-# An event of which there are two is a row of which there are two.
+# An event of which there are two is a row of which there are two, and a page ends after all that have its last number.
 _ROWS: Final = text("""
 select c.seq, c.event_id, c.body_digest, c.hash, e.body, e.at, e.type, e.actor_id, e.run_id
 from audit_chain c
@@ -51,7 +51,12 @@ left join lateral (
     from audit_events
     where tenant_id = c.tenant_id and id = c.event_id and at = c.event_at limit 2
 ) e on true
-where c.tenant_id = :tenant_id and c.seq > :after order by c.seq limit :most
+where c.tenant_id = :tenant_id and c.seq > :after and c.seq <= (
+    select max(seq) from (
+        select seq from audit_chain where tenant_id = :tenant_id and seq > :after order by seq limit :most
+    ) page
+)
+order by c.seq
 """)
 _HEADS: Final = text("""
 select seq, hash, signed_at, key_id, signature from audit_heads
@@ -127,14 +132,18 @@ async def verify_tenant(
 
 async def _begin(connection: AsyncConnection, tenant_id: UUID, verifier: Verifier) -> Break | None:
     """Where the rows that are there begin: one that a checkpoint covers and that is not gone yet must hold as well."""
-    first = await connection.scalar(_FIRST, {"tenant_id": tenant_id})
-    if first is not None and first < 1:
+    row = (await connection.execute(_FIRST, {"tenant_id": tenant_id})).one_or_none()
+    first: int = row.seq if row else _LAST
+    if first < 1:
         return Break(tenant_id, first, "no row comes before row 1")
-    first = first or _LAST
     rows = (await connection.execute(_CHECKPOINTS, {"tenant_id": tenant_id, "first": first})).mappings().all()
     checkpoints = [_checkpoint(tenant_id, row) for row in rows]
     is_pruned = bool(checkpoints) and checkpoints[0][0].seq < first
     broken = verifier.begin(*checkpoints.pop(0)) if is_pruned else None
+    if row and verifier.seq < first - 1 and checkpoints and checkpoints[0][0].seq > first:
+        # Earlier releases pruned what a checkpoint covers in several transactions, and this one has been left in the
+        # middle. Nothing proves the first row; those after it follow from its hash, and must lead to the checkpoint's.
+        verifier.follow(first, row.hash)
     return broken or verifier.pass_by(checkpoints)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -28,7 +29,10 @@ audit: Final = typer.Typer(
     no_args_is_help=True, help="The audit record: verify its chain, print its keys, forget what is old."
 )
 
-Heads = Annotated[Path | None, typer.Option(help="Heads that were exported: BULKHEAD_AUDIT_HEADS_FILE, or a copy.")]
+Heads = Annotated[
+    list[Path] | None,
+    typer.Option(help="Heads that were exported: BULKHEAD_AUDIT_HEADS_FILE, or a copy. Once for each file."),
+]
 Keys = Annotated[
     Path | None, typer.Option(help="Public keys, as `audit keys` prints them; else those of the settings.")
 ]
@@ -50,7 +54,7 @@ def verify(
     settings = read_settings(context)
     trusted = _keys(settings, keys)
     try:
-        kept = _heads(heads)
+        kept = _heads(heads or [], tenant)
         if export is not None:
             found: Sequence[Break | Held] = [_of(tenant, _verify_file(export, trusted, kept, is_part=part))]
         else:
@@ -59,7 +63,7 @@ def verify(
         raise ConfigurationError(str(error)) from None
     for each in found:
         typer.echo(f"BROKEN: {each}" if isinstance(each, Break) else each)
-    if heads is None:
+    if not heads:
         typer.echo(
             "No heads from elsewhere were given (--heads): the end of a chain may have been cut off with its heads."
         )
@@ -150,14 +154,16 @@ async def _verify_stored(
         await engine.dispose()
 
 
-def _heads(path: Path | None) -> Mapping[UUID, Sequence[Signed]]:
-    if path is None:
-        return {}
-    try:
-        with path.open("rb") as file:
-            return read_heads(file, source=str(path))
-    except OSError as error:
-        raise _unread(path, error) from None
+def _heads(paths: Sequence[Path], tenant: UUID | None) -> Mapping[UUID, Sequence[Signed]]:
+    found: dict[UUID, list[Signed]] = defaultdict(list)
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                for each, heads in read_heads(file, source=str(path), tenant=tenant).items():
+                    found[each] += heads
+        except OSError as error:
+            raise _unread(path, error) from None
+    return found
 
 
 def _keys(settings: Settings, path: Path | None) -> PublicKeys:

@@ -14,8 +14,8 @@ from app.auth.jwks import MAX_DOCUMENT_BYTES, InvalidKeySet, parse_jwks
 from app.checklist.findings import Item, Verdict, counted, failed, judged, passed, warned
 from app.checklist.ground import Ground
 from app.errors import ConfigurationError, Unavailable
-from app.limits.rates import TIMEOUT_S
 from app.limits.shared import FAILURES, SharedWindows
+from app.limits.turns import TIMEOUT_S
 from app.outbound.client import fetch, outbound_client
 from app.secrets import locators
 from app.secrets.providers import configured

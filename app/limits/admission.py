@@ -94,7 +94,11 @@ class Admission:
 
 
 def _within(most: str, kind: str, subject: str, rates: Sequence[str]) -> list[Bound]:
-    """Bounds of these rates and of the most that the platform allows; none that another one holds anyhow."""
-    cap = bound(kind, subject, most)
-    own = [each for rate in rates if not cap.implies(each := bound(kind, subject, rate))]
-    return own if any(each.implies(cap) for each in own) else [*own, cap]
+    """Bounds of these rates and of the most that the platform allows; of those that share a window, the lowest.
+
+    The platform's is counted whatever the rates are: what another policy has let through must be in it.
+    """
+    lowest: dict[str, Bound] = {}
+    for each in (bound(kind, subject, rate) for rate in (*rates, most)):
+        lowest[each.key] = min(lowest.get(each.key, each), each, key=lambda of: of.amount)
+    return list(lowest.values())

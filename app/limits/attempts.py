@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
 from limits import RateLimitItem, parse
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.audit import repository as audit
 from app.audit.aggregate import MinuteCounts
@@ -48,9 +48,9 @@ _FORGOTTEN_S: Final = 600.0
 _MAX_KEPT: Final = 10_000
 # Answers that wait at once; the next one is told at once, and counted like the others.
 _MAX_WAITING: Final = 200
-# What our own database fails with, which is no fault of who asked. Keys of an issuer that cannot be had are none of
-# these: whoever names such an issuer could ask for ever.
-_OUR_OWN: Final = (DBAPIError, OSError)
+# What our own database fails with, or the wait for one of its connections, which is no fault of who asked. Keys of an
+# issuer that cannot be had are none of these: whoever names such an issuer could ask for ever.
+_OUR_OWN: Final = (SQLAlchemyError, OSError)
 _OF_A_KEY: Final[RateLimitItem] = parse(f"{FREE + DELAYED} per 10 minute")
 
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import structlog
 from limits import RateLimitItem
 from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
 
-from app.limits.shared import FAILURES, SharedWindows
+from app.limits.shared import FAILURES, Order, SharedWindows
+from app.limits.turns import Turns, in_time
 from app.limits.windows import Bound, Verdict, Windows
 from app.telemetry.metrics import LIMITER_DECISIONS, LIMITER_FALLBACK, LIMITER_FALLBACKS
 
-# What asking the shared windows may add to a request, in steps: a loop that is busy for all that time has looked once
-# whether there is an answer, and an answer that it has not looked for is not late.
-TIMEOUT_S: Final = 0.1
-_STEPS: Final = 20
 # In a row, before nobody asks any more.
 _TIMEOUTS: Final = 2
 _PROBE_EVERY_S: Final = 0.25
-# Requests that ask at once, each on a connection of its own.
-_AT_ONCE: Final = 16
-_Answer = TypeVar("_Answer")
 _log = structlog.get_logger()
 
 
@@ -41,7 +34,7 @@ class RateLimiter:
         self._shared = shared
         self._replicas = replicas
         self._own = Windows()
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._turns = Turns(shared, heard=self._heard) if shared else None
         self._timeouts = 0
         self._probing: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -52,7 +45,7 @@ class RateLimiter:
 
     async def hit(self, *bounds: Bound) -> Verdict:
         """Take a place in each window, or in none where one is full."""
-        verdict = await self._ask(bounds, is_hit=True)
+        verdict = await self._ask("take", bounds)
         if verdict is None:
             verdict = self._own.take(self._shares(bounds))
         elif verdict.is_allowed and self._shared is not None:
@@ -62,17 +55,16 @@ class RateLimiter:
 
     async def peek(self, *bounds: Bound) -> Verdict:
         """Where the subjects stand, without counting."""
-        return await self._ask(bounds, is_hit=False) or self._own.peek(self._shares(bounds))
+        return await self._ask("peek", bounds) or self._own.peek(self._shares(bounds))
 
     async def give_back(self, *bounds: Bound) -> None:
-        """Free the place that was taken last in each window: what took it was not to be counted."""
+        """Free the place that was taken last in each window: what took it was not to be counted.
+
+        Where the shared windows cannot be asked it is free there when its time is over, and not sooner: they may come
+        back without it, and what was given back later would be somebody else's place.
+        """
         self._own.give_back(bounds)
-        if self._shared is None or self.is_alone():
-            return
-        try:
-            await _in_time(self._shared.give_back(bounds))
-        except FAILURES as error:
-            self._failed(error)
+        await self._ask("give_back", bounds)
 
     async def open(self) -> None:
         """Learn whether the shared windows are there, so that the first requests need not."""
@@ -84,29 +76,13 @@ class RateLimiter:
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.wait({self._probing})
-        if self._shared is not None:
+        if self._shared is not None and self._turns is not None:
+            await self._turns.close()
             await self._shared.close()
 
-    async def _ask(self, bounds: tuple[Bound, ...], *, is_hit: bool) -> Verdict | None:
+    async def _ask(self, order: Order, bounds: tuple[Bound, ...]) -> Verdict | None:
         """What the shared windows say; None where they cannot, or are still to be asked by nobody."""
-        shared = self._shared
-        if shared is None or self.is_alone():
-            return None
-        try:
-            verdict = await _in_time(self._in_turn(shared, bounds, is_hit=is_hit))
-        except FAILURES as error:
-            self._failed(error)
-            return None
-        if verdict is not None:
-            self._timeouts = 0
-        return verdict
-
-    async def _in_turn(self, shared: SharedWindows, bounds: tuple[Bound, ...], *, is_hit: bool) -> Verdict | None:
-        """A few ask at once; waiting for them is waiting for the storage, and takes of the same time."""
-        async with self._at_once:
-            if self.is_alone():  # by now
-                return None
-            return await (shared.take(bounds) if is_hit else shared.peek(bounds))
+        return None if self._turns is None or self.is_alone() else await self._turns.ask(order, bounds)
 
     def _shares(self, bounds: tuple[Bound, ...]) -> tuple[Bound, ...]:
         if self._shared is None:
@@ -114,18 +90,21 @@ class RateLimiter:
         LIMITER_FALLBACKS.inc()
         return tuple(each.share(self._replicas) for each in bounds)
 
-    def _failed(self, error: BaseException) -> None:
-        self._timeouts += isinstance(error, TimeoutError)
-        if not isinstance(error, TimeoutError) or self._timeouts >= _TIMEOUTS:
+    def _heard(self, error: BaseException | None) -> None:
+        """How a turn at the shared windows has ended. Those who share it share its time-out, too, which is one."""
+        is_late = isinstance(error, TimeoutError)
+        self._timeouts = self._timeouts + 1 if is_late else 0
+        if error is not None and (not is_late or self._timeouts >= _TIMEOUTS):
             self._go_alone(reason=type(error).__name__)
 
     def _go_alone(self, *, reason: str) -> None:
         """From now on nobody waits for the storage but one task, which asks whether it is back."""
-        if self._shared is None or self.is_alone():
+        if self._shared is None or self._turns is None or self.is_alone():
             return
         LIMITER_FALLBACK.set(1)
         _log.warning("limiter.storage_lost", reason=reason, replicas=self._replicas)
         self._probing = asyncio.create_task(self._probe(self._shared), name="limiter-probe")
+        self._turns.send_away()
 
     async def _probe(self, shared: SharedWindows) -> None:
         while not await self._answers(shared):
@@ -139,32 +118,16 @@ class RateLimiter:
     async def _answers(self, shared: SharedWindows) -> bool:
         """By what requests will ask: a storage that takes no writes is none."""
         try:
-            await _in_time(shared.check())
+            await in_time(shared.check())
         except FAILURES:
             return False
         return True
 
 
-async def _in_time(asked: Coroutine[Any, Any, _Answer]) -> _Answer:
-    """The answer, or TimeoutError."""
-    task = asyncio.create_task(asked)
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be there to take it
-    try:
-        for _ in range(_STEPS):
-            done, _ = await asyncio.wait({task}, timeout=TIMEOUT_S / _STEPS)
-            if done:
-                return task.result()
-    finally:
-        task.cancel()
-    raise TimeoutError
-
-
 def count(verdict: Verdict) -> None:
-    """In the metric: for each window that took a place, or of a kind that refused."""
-    refusing = {standing.bound.kind for standing in verdict.standings if not standing.remaining}
-    for standing in verdict.standings:
-        if verdict.is_allowed or standing.bound.kind in refusing:
-            LIMITER_DECISIONS.labels(standing.bound.kind, "allowed" if verdict.is_allowed else "refused").inc()
+    """In the metric: once for each kind of which a window took a place, or refused."""
+    for kind in {each.bound.kind for each in verdict.standings if verdict.is_allowed or not each.remaining}:
+        LIMITER_DECISIONS.labels(kind, "allowed" if verdict.is_allowed else "refused").inc()
 
 
 class Refused(RateLimitExceeded):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from limits.aio.storage import RedisStorage
 from limits.errors import ConfigurationError as StorageUnusable
@@ -15,6 +15,8 @@ from limits.storage import storage_from_string
 from app.errors import ConfigurationError
 from app.limits.windows import CELLS, Bound, Standing, Verdict, bound
 
+Order = Literal["take", "peek", "give_back"]
+_Call = tuple[list[str], list[str | int]]
 _PREFIX: Final = "bulkhead:limits"
 _CHECKED: Final = bound("check", "storage", "100000/second")
 # A window is a list, the newest first, of "moment places total": `total` counts all that were ever taken, so that the
@@ -117,15 +119,17 @@ class SharedWindows:
 
     async def take(self, bounds: Sequence[Bound]) -> Verdict:
         """Take a place in each window, or in none where one is full."""
-        return await self._ask("take", bounds)
+        (verdict,) = await self.ask([("take", bounds)])
+        return verdict
 
     async def peek(self, bounds: Sequence[Bound]) -> Verdict:
         """The same without taking one."""
-        return await self._ask("peek", bounds)
+        (verdict,) = await self.ask([("peek", bounds)])
+        return verdict
 
     async def give_back(self, bounds: Sequence[Bound]) -> None:
         """Free the place that was taken last in each."""
-        await self._ask("give_back", bounds)
+        await self.ask([("give_back", bounds)])
 
     async def check(self) -> None:
         """Take a place in a window of our own, and give it back."""
@@ -135,12 +139,31 @@ class SharedWindows:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _ask(self, order: str, bounds: Sequence[Bound]) -> Verdict:
-        keys = [f"{_PREFIX}:{each.key}" for each in bounds]
-        numbers = [number for each in bounds for number in (each.amount, each.span_s)]
+    async def ask(self, asked: Sequence[tuple[Order, Sequence[Bound]]]) -> list[Verdict]:
+        """Each of these in turn and by itself, in one round trip."""
+        calls = [_call(order, bounds) for order, bounds in asked]
         try:
-            is_allowed, *answer = await self._script(keys, [order, CELLS, *numbers])
+            answers = [await self._script(*calls[0])] if len(calls) == 1 else await self._sent(calls)
         except self._storage.base_exceptions as error:
             raise StorageFailed(type(error).__name__) from None
-        pairs = zip(bounds, answer[::2], answer[1::2], strict=True)
-        return Verdict(bool(is_allowed), tuple(Standing(each, int(used), float(reset)) for each, used, reset in pairs))
+        return [_verdict(bounds, answer) for (_, bounds), answer in zip(asked, answers, strict=True)]
+
+    async def _sent(self, calls: Sequence[_Call]) -> list[Any]:
+        """Fails where the storage does not have the script; asked for one alone, it gets it."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for keys, words in calls:
+                pipeline.evalsha(self._script.sha, len(keys), *keys, *words)
+            answers: list[Any] = await pipeline.execute()
+            return answers
+
+
+def _call(order: Order, bounds: Sequence[Bound]) -> _Call:
+    """Keys and words of the script."""
+    numbers = [number for each in bounds for number in (each.amount, each.span_s)]
+    return [f"{_PREFIX}:{each.key}" for each in bounds], [order, CELLS, *numbers]
+
+
+def _verdict(bounds: Sequence[Bound], answer: Sequence[Any]) -> Verdict:
+    is_allowed, *numbers = answer
+    standings = zip(bounds, numbers[::2], numbers[1::2], strict=True)
+    return Verdict(bool(is_allowed), tuple(Standing(each, int(used), float(reset)) for each, used, reset in standings))

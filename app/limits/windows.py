@@ -53,10 +53,6 @@ class Bound:
         owner, _, rest = self.subject.partition("/")
         return f"moving:{{{owner}}}:{self.kind}:{rest}:{self.span_s}"
 
-    def implies(self, other: Bound) -> bool:
-        """True where whatever passes this bound passes the other one of the same subject, too."""
-        return self.amount * max(1, other.span_s // self.span_s) <= other.amount
-
     def share(self, replicas: int) -> Bound:
         """What one of so many processes may let through by itself; at least one request."""
         item = self.item

@@ -56,13 +56,15 @@ class Version(VersionHead):
 class ActivePolicy:
     """The version that holds, parsed and compiled; a run keeps the one that it started under.
 
-    `definition_hashes` are of the pinned definitions, by the names of the tools.
+    `definition_hashes` are of the pinned definitions, by the names of the tools; these were pinned at `pinned_at`, or
+    are not what is published.
     """
 
     version: int
     document: PolicyDocument
     compiled: CompiledPolicy
     tools: tuple[PinnedTool, ...]
+    pinned_at: datetime | None = None
     definition_hashes: Mapping[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -207,9 +209,10 @@ class Published:
 
         It takes up to seconds, which are a thread's.
         """
+        pinned_at = self.pinned_at if tools is None else None
         tools = self.pinned() if tools is None else tuple(tools)
         document = documents.parse(self.document)
-        return ActivePolicy(self.version, document, compile_policy(document, tools), tools)
+        return ActivePolicy(self.version, document, compile_policy(document, tools), tools, pinned_at)
 
 
 async def read_published(session: AsyncSession) -> Published | None:

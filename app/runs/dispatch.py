@@ -21,6 +21,7 @@ SWEEP_S: Final = 1.0
 # A worker that has given no sign of life for so long is dead.
 DEAD_AFTER_S: Final = 7.0
 _PUT_OFF_S: Final = 2.0
+_MOST_TIMES: Final = 32
 # So many of the oldest share turns; beyond them, users of a tenant wait in the order in which they came.
 _WINDOW: Final = 500
 
@@ -45,8 +46,11 @@ _DEFER: Final = text("select bulkhead_defer_run(:tenant_id, :run_id, :most)")
 # The user who has fewest under way comes first, then the oldest run.
 _PROMOTE: Final = text(f"""
 with queued as (
-    select id, user_id, conversation_id, deferred_at, lease_until, started_at from runs
-    where tenant_id = :tenant_id and state = 'queued'
+    -- Those that are put off have no part in the window: they may be many, and keep nobody else from a turn.
+    select id, user_id, conversation_id, deferred_at, started_at from runs
+    where tenant_id = :tenant_id and state = 'queued' and (
+        deferred_at is not null or lease_until is null or lease_until < now() or not (:is_patient or unclaimed_s > 0)
+    )
     order by id limit :window
 ), busy as (
     select user_id, count(*) as runs from (
@@ -57,7 +61,7 @@ with queued as (
     group by user_id
 ), ready as (
     select id, user_id from queued q
-    where deferred_at is null and (not :is_patient or lease_until is null or lease_until < now()) and {_IN_TURN}
+    where deferred_at is null and {_IN_TURN}
 ), turns as (
     select id, coalesce(busy.runs, 0) + row_number() over (partition by user_id order by id) as turn
     from ready left join busy using (user_id)
@@ -138,16 +142,18 @@ class Dispatch:
     async def promote(self, session: AsyncSession, tenant_id: UUID, *, is_patient: bool = False) -> int:
         """Jobs for the tenant's queued runs as far as there is room, and how many; after its run's end was written.
 
-        A patient one leaves those that were put off a moment ago.
+        A patient one leaves those that were put off a moment ago; others leave of these what nobody could take up, for
+        which an end of another run changes nothing.
         """
         values = {"tenant_id": tenant_id, "most": self._per_tenant, "window": _WINDOW, "is_patient": is_patient}
         return await session.scalar(_PROMOTE, values) or 0
 
     async def put_off(self, session: AsyncSession, tenant_id: UUID, run_id: UUID, *, times: int = 1) -> None:
         """Let a queued run, whose job is over, wait until a run of its tenant ends, or for two seconds, so many times
-        over.
+        over, but no longer than a minute or so.
         """
-        await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": times * _PUT_OFF_S})
+        seconds = min(times, _MOST_TIMES) * _PUT_OFF_S
+        await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": seconds})
 
     async def sweep(self, session: AsyncSession, *, with_dead: bool = True) -> int:
         """Platform role: jobs for whatever has none and should, and how many; `with_dead` also for what dead processes

@@ -15,8 +15,8 @@ class Run(Base):
     """One query on its way. `lease_until` is by the database's clock; past it the run's process is dead.
 
     `role` is its user's as the run began; runs of before it was kept have none. Whoever claims a run counts `attempt`
-    up, and writes no more once it has been counted up again; `deaths` are of processes that died with it, or failed to
-    take it up.
+    up, and writes no more once it has been counted up again; `deaths` are of processes that died with it.
+    `unclaimed_s` is for how many seconds it was put off in all since claims of it fail; one that succeeds sets it back.
     `deferred_at` is set while a job of the queue is there for a queued run, whose `lease_until` is how long it is put
     off, and `watched_until` is how long somebody follows it.
     """
@@ -51,6 +51,7 @@ class Run(Base):
     state: Mapped[str]
     attempt: Mapped[int] = mapped_column(server_default="1")
     deaths: Mapped[int] = mapped_column(server_default="0")
+    unclaimed_s: Mapped[int] = mapped_column(server_default="0")
     code: Mapped[str | None]
     cancel_cause: Mapped[str | None]
     model: Mapped[str]

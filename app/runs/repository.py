@@ -22,6 +22,10 @@ from app.writes import insert_into, later
 # The transactions that let runs of a tenant run, by the policy that they find: what stops all of these runs waits.
 BEGINNING: Final = "bulkhead_runs_begin"
 
+# So long a run is put off that could not be taken up: at first, and at most.
+_FIRST_WAIT_S: Final = 4
+_LONGEST_WAIT_S: Final = 64
+
 # No ending of ours leaves one: each settles in its own transaction.
 _LEFT_RESERVED: Final = text("""
 select b.tenant_id, b.run_id from budget_reservations b
@@ -140,6 +144,7 @@ async def claim(session: AsyncSession, run_id: UUID, *, lease_s: float, policy_v
             deaths=Run.deaths + case((Run.state == State.RUNNING, 1), else_=0),
             lease_until=_lease(lease_s),
             deferred_at=None,
+            unclaimed_s=0,
             started_at=func.coalesce(Run.started_at, func.now()),
             policy_version=policy_version,
             model=model,
@@ -149,12 +154,23 @@ async def claim(session: AsyncSession, run_id: UUID, *, lease_s: float, policy_v
     return await session.scalar(statement)
 
 
-async def count_death(session: AsyncSession, run_id: UUID) -> Run | None:
-    """Count one more of a run that is queued, or whose process is dead; give it where it is queued."""
-    is_free = or_(Run.state == State.QUEUED, and_(Run.state == State.RUNNING, Run.lease_until < func.now()))
-    statement = update(Run).where(Run.id == run_id, Run.kind == RunKind.BACKGROUND, is_free)
-    run = await session.scalar(statement.values(deaths=Run.deaths + 1).returning(Run))
-    return run if run is not None and run.state == State.QUEUED else None
+async def put_off_unclaimed(session: AsyncSession, run_id: UUID, *, claim_s: int) -> Run | None:
+    """Put off a run that is queued, or whose process is dead: for four seconds, then for twice as long each time.
+
+    Give it instead where that has been `claim_s` in all, and it is queued. One that another claim has put off a moment
+    ago is left as it is: a job too many shortens no wait.
+    """
+    is_dead = and_(Run.state == State.RUNNING, Run.lease_until < func.now())
+    is_due = or_(Run.unclaimed_s == 0, Run.lease_until.is_(None), Run.lease_until < func.now())
+    is_free = or_(is_dead, and_(Run.state == State.QUEUED, is_due))
+    free = select(Run).where(Run.id == run_id, Run.kind == RunKind.BACKGROUND, is_free)
+    run = await session.scalar(free.with_for_update())
+    if run is None or run.unclaimed_s >= claim_s:
+        return run if run is not None and run.state == State.QUEUED else None
+    wait_s = min(run.unclaimed_s + _FIRST_WAIT_S, _LONGEST_WAIT_S)
+    values = {"unclaimed_s": run.unclaimed_s + wait_s, "lease_until": _lease(wait_s), "deferred_at": None}
+    await session.execute(update(Run).where(Run.id == run_id).values(**values))
+    return None
 
 
 async def fail_queued(session: AsyncSession, run_id: UUID) -> bool:
@@ -165,15 +181,12 @@ async def fail_queued(session: AsyncSession, run_id: UUID) -> bool:
     return await session.scalar(ended) is not None
 
 
-async def cancel_idle(session: AsyncSession, run_id: UUID, cause: StopCause) -> State | None:
-    """End a run that nobody executes; give the state that it was in, or None where somebody does or it has ended."""
+async def cancel_idle(session: AsyncSession, run_id: UUID, cause: StopCause) -> Run | None:
+    """End a run that nobody executes, and give it, or None where somebody does or it has ended."""
     idle = Run.state.in_([State.QUEUED, State.WAITING_APPROVAL])
-    before = await session.scalar(select(Run.state).where(Run.id == run_id, idle).with_for_update())
-    if before is None:
-        return None
     values = {"state": State.CANCELLED, "code": "cancelled", "cancel_cause": cause, "finished_at": func.now()}
-    await session.execute(update(Run).where(Run.id == run_id).values(**values, deferred_at=None))
-    return State(before)
+    ends = update(Run).where(Run.id == run_id, idle).values(**values, deferred_at=None).returning(Run)
+    return await session.scalar(ends.execution_options(populate_existing=True))
 
 
 async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, *, run_id: UUID | None = None) -> int:
@@ -226,28 +239,30 @@ class Interrupted:
     journalled: Sequence[Journalled]
 
 
-def _expired(attempts: int) -> ColumnElement[bool]:
-    is_lost = or_(Run.kind == RunKind.INTERACTIVE, Run.deaths + 1 >= attempts, _IS_DISABLED)
+def _expired(attempts: int, claim_s: int) -> ColumnElement[bool]:
+    # Whoever has cancelled one that nobody could take up so far does not wait until somebody can.
+    is_unclaimed = or_(Run.unclaimed_s >= claim_s, and_(Run.unclaimed_s > 0, Run.cancel_cause.is_not(None)))
+    is_lost = or_(Run.kind == RunKind.INTERACTIVE, Run.deaths + 1 >= attempts, is_unclaimed, _IS_DISABLED)
     return and_(Run.state == State.RUNNING, Run.lease_until < func.now(), is_lost)
 
 
-async def tenants_left(session: AsyncSession, *, attempts: int) -> set[UUID]:
+async def tenants_left(session: AsyncSession, *, attempts: int, claim_s: int) -> set[UUID]:
     """Platform role: of whom there are runs to end, or to settle, that processes have left."""
-    expired = (await session.scalars(select(Run.tenant_id).where(_expired(attempts)).distinct())).all()
+    expired = (await session.scalars(select(Run.tenant_id).where(_expired(attempts, claim_s)).distinct())).all()
     return {*expired, *(await session.scalars(_TENANTS_LEFT_RESERVED)).all()}
 
 
 async def interrupt_expired(
-    session: AsyncSession, tenant_id: UUID, *, attempts: int, limit: int = 500
+    session: AsyncSession, tenant_id: UUID, *, attempts: int, claim_s: int, limit: int = 500
 ) -> Sequence[Interrupted]:
     """Platform role: end the tenant's runs whose process died, with what they had under way.
 
-    Those in the background are taken up again instead, until so many of their processes have died; those of a
-    disabled user, which may not go on, are not: nobody can even read them once the user is erased.
+    Those in the background are taken up again instead, until so many of their processes have died, or nobody could for
+    so long; those of a disabled user, which may not go on, are not: nobody can even read them once the user is erased.
     """
     expired = (
         select(Run.tenant_id, Run.id)
-        .where(Run.tenant_id == tenant_id, _expired(attempts))
+        .where(Run.tenant_id == tenant_id, _expired(attempts, claim_s))
         .order_by(Run.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -264,20 +279,21 @@ async def interrupt_expired(
     if not runs:
         return []
     calls = await leave_unknown(session, [row.id for row in runs])
-    journalled = await _journalled(session, [row.id for row in runs])
+    calls_of_each = await journalled(session, [row.id for row in runs])
     return [
         Interrupted(
             row.tenant_id,
             row.id,
             row.user_id,
             sorted((n, tool) for run_id, n, tool in calls if run_id == row.id),
-            journalled.get(row.id, ()),
+            calls_of_each.get(row.id, ()),
         )
         for row in runs
     ]
 
 
-async def _journalled(session: AsyncSession, run_ids: Sequence[UUID]) -> Mapping[UUID, Sequence[Journalled]]:
+async def journalled(session: AsyncSession, run_ids: Sequence[UUID]) -> Mapping[UUID, Sequence[Journalled]]:
+    """Their calls that have an outcome, and are not in the usage yet."""
     query = select(ToolCall.run_id, ToolCall.tool, ToolCall.outcome, ToolCall.duration_ms)
     found: dict[UUID, list[Journalled]] = {}
     ended = and_(ToolCall.run_id.in_(run_ids), ToolCall.outcome.is_not(None), ~ToolCall.is_counted)

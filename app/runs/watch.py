@@ -23,10 +23,11 @@ from app.runs import repository
 from app.runs.agent.executor import Executor
 from app.runs.events import log as events
 from app.runs.events.log import EventKind
+from app.runs.lifecycle import recording
 from app.runs.lifecycle.budgets import tallies
 from app.runs.lifecycle.stops import read_orders
 from app.runs.repository import Interrupted
-from app.runs.state import INTERRUPTED, Outcome, State, StopCause
+from app.runs.state import INTERRUPTED, State, StopCause
 from app.servers.pool import ServerPool
 from app.telemetry.metrics import count_run
 
@@ -90,13 +91,14 @@ class Watch:
         every_s: float,
         lease_s: float,
         attempts: int,
+        claim_s: int,
     ) -> None:
         self._platform = platform
         self._executor = executor
         self._pool = pool
         self._every_s = every_s
         self._lease_s = lease_s
-        self._attempts = attempts
+        self._until = {"attempts": attempts, "claim_s": claim_s}
         self._renewed = float("-inf")
         self.grace = Grace(lease_s)
 
@@ -160,7 +162,7 @@ class Watch:
         """End the runs whose lease has run out and that nobody takes up, each with its event."""
         with self.grace.asking():
             async with self._platform.transaction() as session:
-                tenants = await repository.tenants_left(session, attempts=self._attempts)
+                tenants = await repository.tenants_left(session, **self._until)
         for tenant_id in tenants if self.grace.is_over else ():
             await self._reap_of(tenant_id)
 
@@ -181,7 +183,7 @@ class Watch:
     async def _interrupt(self, tenant_id: UUID) -> Sequence[Interrupted]:
         async with self._platform.transaction() as session:
             await session.execute(_IMPATIENTLY)
-            interrupted = await repository.interrupt_expired(session, tenant_id, attempts=self._attempts)
+            interrupted = await repository.interrupt_expired(session, tenant_id, **self._until)
             for ended in interrupted:
                 await audit.append(session, tenant_id, *_endings(ended))
                 told = {"status": INTERRUPTED.state, "code": INTERRUPTED.code}
@@ -195,15 +197,6 @@ class Watch:
 
 
 def _endings(ended: Interrupted) -> Iterator[Event]:
-    for sequence, tool in ended.calls:
-        data = {
-            "sequence": sequence,
-            "tool": tool,
-            "outcome": Outcome.UNKNOWN,
-            "duration_ms": None,
-            "result_hmac": None,
-            "sandbox_hash": None,
-        }
-        yield Event(EventType.TOOL_FINISHED, actor_id=ended.user_id, run_id=ended.run_id, data=data)
+    yield from recording.in_doubt(ended.run_id, ended.user_id, ended.calls)
     data = {"state": INTERRUPTED.state, "code": INTERRUPTED.code, "cause": "process_died"}
     yield Event(EventType.RUN_FINISHED, actor_id=ended.user_id, run_id=ended.run_id, data=data)

@@ -260,5 +260,9 @@ def test_files_of_heads_are_read_and_a_torn_last_line_is_none() -> None:
     found = [chain.canonical_document(chain.signed_document(each.head, each.signature)) + b"\n" for each in HEADS]
     assert [each.head for each in read_heads(found, source="f")[TENANT]] == [each.head for each in HEADS]
     assert len(read_heads([*found[:2], found[2][:-9]], source="f")[TENANT]) == 2
+    twice = [each for line in found for each in (line, line)]
+    assert [each.head for each in read_heads(twice, source="f")[TENANT]] == [each.head for each in HEADS]
+    assert len(read_heads(found, source="f", tenant=TENANT)[TENANT]) == len(HEADS)
+    assert not read_heads(found, source="f", tenant=OTHER)
     with pytest.raises(Unreadable, match="Line 2 of f"):
         read_heads([found[0], found[1][:-9] + b"\n", found[2]], source="f")

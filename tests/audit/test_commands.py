@@ -89,7 +89,8 @@ async def test_a_record_that_was_wiped_does_not_hold(ground: Ground, tmp_path: P
     assert wiped.exit_code == 1
     assert f"BROKEN: tenant {PLATFORM_TENANT}, there is no row of the platform" in wiped.output
     assert "may have been cut off" in wiped.output
-    told = await run(ground, "verify", "--heads", heads)
+    (newer := tmp_path / "newer").touch()
+    told = await run(ground, "verify", "--heads", heads, "--heads", newer)
     assert (told.exit_code, f"BROKEN: tenant {tenant_id}, row 1: there is no chain" in told.output) == (1, True)
     await ground.fill(PLATFORM_TENANT, 3)
     await ground.sealer().finish()

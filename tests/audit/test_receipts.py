@@ -326,6 +326,13 @@ _RENAME: Final = """
 update audit_events set type = 'run.finished'
 where tenant_id = :tenant_id and run_id = :id and type = 'query.screened'
 """
+_REDIGEST: Final = (
+    f"with edited as ({_EDIT} returning tenant_id, id, body)"  # noqa: S608  texts of our own
+    """
+    update audit_chain c set body_digest = sha256(convert_to(e.body, 'UTF8')) from edited e
+    where c.tenant_id = e.tenant_id and c.event_id = e.id
+    """
+)
 _DELETE: Final = "delete from audit_events where tenant_id = :tenant_id and run_id = :id and type = 'run.finished'"
 
 
@@ -333,6 +340,7 @@ _DELETE: Final = "delete from audit_events where tenant_id = :tenant_id and run_
     ("change", "code"),
     [
         pytest.param(_EDIT, "record_changed", id="its end is edited"),
+        pytest.param(_REDIGEST, "record_changed", id="its end is edited with the digest"),
         pytest.param(_RENAME, "record_changed", id="another event is named its end"),
         pytest.param(_TWIN, "receipt_not_ready", id="another end under the same id"),
         pytest.param(_DELETE, "receipt_not_ready", id="its end is deleted"),
@@ -360,3 +368,7 @@ async def test_a_search_shows_no_forged_event_as_sealed(
     seqs = {item["data"]["state"]: item["seq"] for item in found.json()["items"]}
     assert seqs["failed"] is None
     assert seqs["succeeded"] > 0, "the control"
+    await as_superuser(service, postgres, _EDIT, tenant_id=UUID(issued.tenant.id), id=UUID(run_id))
+    found = await issued.tenant.admin.get("/v1/audit/events", params={"run_id": run_id, "type": "run.finished"})
+    items = found.json()["items"]
+    assert {(item["data"]["state"], item["seq"], item["hash"]) for item in items} == {("failed", None, None)}

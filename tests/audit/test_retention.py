@@ -10,13 +10,14 @@ from typing import Any, Final
 from uuid import UUID
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.audit import chain, export, receipts, retention, stored
 from app.audit.events import Event, EventType, canonical
 from app.audit.exported import verify_export
+from app.audit.models import Checkpoint
 from app.audit.retention import Retention
 from app.audit.verify import Break, Held
 from app.errors import NotFound
@@ -190,6 +191,41 @@ async def test_a_record_that_is_pruned_by_half_verifies_and_is_pruned_on(
     pruned = "select count(*) from audit_events where tenant_id = :id and type = 'audit.pruned'"
     assert (await ground.as_superuser((pruned, {"id": tenant_id})))[0][0] == 2
     assert isinstance(await ground.verified(tenant_id), Held)
+
+
+@pytest.mark.parametrize("pruned_before", [0, 5])
+async def test_what_the_release_before_left_half_pruned_verifies_from_the_row_after_the_first(
+    ground: Ground, pruned_before: int
+) -> None:
+    """It made one checkpoint for all that was old, and deleted up to that in several transactions."""
+    tenant_id = await with_record(ground, old=20, young=3)
+    for through, most in ((pruned_before, 100), (20, 7)) if pruned_before else ((20, 7),):
+        await checkpointed(ground, tenant_id, through)
+        assert isinstance(await ground.verified(tenant_id), Held), "the control"
+        async with ground.sealing.transaction(tenant_id) as session:
+            await session.execute(text("select bulkhead_prune_audit(:most)"), {"most": most})
+    first = pruned_before + 8
+    assert await ground.verified(tenant_id) == Held(tenant_id, first + 1, 23)
+    texts = "select id, body from audit_events where id = (select event_id from audit_chain where {})"
+    within = texts.format("tenant_id = :id and seq = :seq")
+    ((event_id, body),) = await ground.as_superuser((within, {"id": tenant_id, "seq": first + 3}))
+    edit = "update audit_events set body = :body where id = :id"
+    await ground.as_superuser((edit, {"id": event_id, "body": body + " "}))
+    found = await ground.verified(tenant_id)
+    assert isinstance(found, Break)
+    assert found.seq == first + 3
+    await ground.as_superuser((edit, {"id": event_id, "body": body}))
+    await keeping(ground).prune()
+    assert await ground.verified(tenant_id) == Held(tenant_id, 21, 23), "and it is pruned on"
+
+
+async def checkpointed(ground: Ground, tenant_id: UUID, through: int) -> None:
+    """As retention marks what goes."""
+    query = text("select hash from audit_chain where tenant_id = :id and seq = :seq")
+    async with ground.sealing.transaction(tenant_id) as session:
+        hash_ = await session.scalar(query, {"id": tenant_id, "seq": through})
+        marked = keeping(ground)._checkpoint(tenant_id, retention._Old(1, through, hash_))
+        await session.execute(insert(Checkpoint).values(**marked))
 
 
 async def test_what_is_more_than_a_checkpoint_takes_goes_in_several(

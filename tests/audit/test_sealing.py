@@ -12,7 +12,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -119,6 +119,25 @@ async def test_what_waits_and_is_no_event_holds_up_no_other(ground: Ground) -> N
     await ground.sealer(batch=10).seal()
     assert await counts(ground, tenant_id) == (3, 3, 20, 1)
     await forget(ground, tenant_id)
+
+
+@pytest.mark.parametrize("id_", ["00000000-0000-4000-8000-000000000000", "ffffffff-ffff-4fff-bfff-ffffffffffff"])
+async def test_what_waits_and_is_no_event_is_told_by_the_lag_whatever_its_id_says_of_time(
+    ground: Ground, id_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()  # a service in this process has a sealer as well
+    monkeypatch.setattr(sealing, "SEAL_LAG", Gauge("lag", "Of this test's sealer.", registry=registry))
+    tenant_id = await ground.tenant(1)
+    await ground.as_superuser(
+        ("insert into audit_pending values (:id, :event, now())", {"id": tenant_id, "event": id_})
+    )
+    for _ in ("beside an event", "alone"):
+        await ground.sealer().seal()
+        assert (registry.get_sample_value("lag") or 0) > 1e9
+    assert (await counts(ground, tenant_id))[1:3] == (1, 1), "the control"
+    await forget(ground, tenant_id)
+    await ground.sealer().seal()
+    assert registry.get_sample_value("lag") == 0, "the control"
 
 
 async def test_the_lag_does_not_believe_what_the_queue_says_of_time(ground: Ground) -> None:

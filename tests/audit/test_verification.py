@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from app.audit.heads import HeadFile
 from app.audit.signing import PublicKeys, Signers
 from app.audit.verify import Break, Held, Signed
 from app.errors import ConfigurationError
+from app.lifetime import end
 from tests.audit.chains import Ground, new_signers
 
 ROWS: Final = 30
@@ -284,6 +286,38 @@ async def test_two_events_under_one_key_are_found(ground: Ground) -> None:
     assert found.seq in {2, 3}
 
 
+_TWINS: Final = {
+    "event": (
+        "alter table audit_events drop constraint pk_audit_events",
+        """insert into audit_events (tenant_id, id, at, type, body) select tenant_id, id, at, type, '{}'
+        from audit_events where id = (select event_id from audit_chain where tenant_id = :id and seq = 7)""",
+    ),
+    "row": (
+        """alter table audit_chain drop constraint pk_audit_chain,
+        drop constraint uq_audit_chain_tenant_id_event_id""",
+        "insert into audit_chain select * from audit_chain where tenant_id = :id and seq = 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", _TWINS)
+async def test_what_is_there_twice_is_found_at_the_end_of_a_page_too(
+    ground: Ground, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant_id = await ground.sealed(20)
+    drop, double = _TWINS[what]
+    async with ground.superuser.connect() as connection:
+        await connection.execute(text("set local session_replication_role = replica"))
+        await connection.execute(text(drop))
+        await connection.execute(text(double), {"id": tenant_id})
+        for rows in (6, 7, 8):
+            monkeypatch.setattr(stored, "_ROWS_AT_ONCE", rows)
+            found = await stored.verify_tenant(connection, tenant_id, keys=ground.signers.public)
+            assert isinstance(found, Break), rows
+            assert found.seq in {7, 8}
+        await connection.rollback()
+
+
 async def test_verifying_writes_nothing(ground: Ground) -> None:
     async with stored.reading(ground.reader) as connection:
         with pytest.raises(DBAPIError, match="read-only"):
@@ -353,9 +387,68 @@ async def test_a_line_that_a_crash_has_torn_is_dropped_before_the_next(ground: G
     await exporting(ground, path).export()
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])
+    await ground.fill(tenant_id, 1)
+    await ground.sealer().finish()
     await exporting(ground, path).export()
-    assert path.read_bytes() == whole * 2
-    assert len(read(path)[tenant_id]) == 2
+    assert path.read_bytes().startswith(whole)
+    assert [signed.head.seq for signed in read(path)[tenant_id]] == [10, 11]
+
+
+async def test_processes_that_share_a_file_write_each_head_once_and_leave_none_out(
+    ground: Ground, tmp_path: Path
+) -> None:
+    path, tenants = tmp_path / "heads", [await ground.sealed(1) for _ in range(2)]
+    files = [exporting(ground, path) for _ in range(3)]
+    for _ in range(2):
+        await asyncio.gather(*(file.export() for file in files))
+        await ground.fill(tenants[0], 1)
+        await ground.sealer().finish()
+    await exporting(ground, path).export()  # one that has just started
+    await files[0].export()
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == len(set(lines))
+    found = read(path)
+    assert [[signed.head.seq for signed in found[each]] for each in tenants] == [[1, 2, 3], [1]]
+
+
+async def test_one_of_them_writes_in_each_round_and_another_once_it_is_gone(ground: Ground, tmp_path: Path) -> None:
+    path, tenant_id, every_s = tmp_path / "heads", await ground.sealed(1), 0.2
+    files = [HeadFile(ground.sealing, path, keys=ground.signers.public, every_s=every_s) for _ in range(4)]
+    began, sealer = time.monotonic(), ground.sealer()
+    keeping = [asyncio.create_task(file.keep()) for file in files]
+
+    async def written(more_than: int) -> int:
+        async with asyncio.timeout(15):
+            while (count := len(read(path)[tenant_id]) if path.exists() else 0) <= more_than:
+                await ground.fill(tenant_id, 1)
+                await sealer.seal()
+        return count
+
+    try:
+        assert await written(more_than=3) <= (time.monotonic() - began) / every_s + 1
+        for task in keeping[:3]:
+            await end(task)
+        assert await written(more_than=len(read(path)[tenant_id])), "the last one goes on"
+    finally:
+        for task in keeping:
+            await end(task)
+
+
+async def test_a_file_that_was_moved_away_is_begun_anew_with_the_newest_head_of_all(
+    ground: Ground, tmp_path: Path
+) -> None:
+    path, quiet, busy = tmp_path / "heads", await ground.sealed(1), await ground.sealed(1)
+    file = exporting(ground, path)
+    for _ in range(2):
+        await file.export()
+        await ground.fill(busy, 1)
+        await ground.sealer().finish()
+    path.rename(tmp_path / "heads.1")
+    await file.export()
+    for name, of_quiet, of_busy in (("heads.1", [1], [1, 2]), ("heads", [1], [3])):
+        found = read(tmp_path / name)
+        assert [signed.head.seq for signed in found[quiet]] == of_quiet
+        assert [signed.head.seq for signed in found[busy]] == of_busy
 
 
 async def test_the_file_is_our_own_and_no_other_name_of_anothers(ground: Ground, tmp_path: Path) -> None:

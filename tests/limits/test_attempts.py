@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 from slowapi.errors import RateLimitExceeded
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.auth.gate import Attempt
 from app.errors import Unauthenticated, Unavailable
@@ -109,11 +110,12 @@ async def test_a_client_that_begins_with_many_requests_at_once_takes_one_place(g
         await passes(gate, attempt(f"token {_}"))
 
 
-async def test_what_cannot_be_looked_at_takes_no_place(gate: Attempts) -> None:
+@pytest.mark.parametrize("failure", [ConnectionError, PoolTimeout])
+async def test_what_cannot_be_looked_at_takes_no_place(gate: Attempts, failure: type[Exception]) -> None:
     for number in range(100):
-        with pytest.raises(ConnectionError):
+        with pytest.raises(failure):
             async with gate.looking(attempt(f"token {number}")):
-                raise ConnectionError
+                raise failure
     assert await fails(gate, attempt("guess")) is None
 
 

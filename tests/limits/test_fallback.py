@@ -11,8 +11,10 @@ from typing import Final
 import pytest
 from structlog.testing import capture_logs
 
-from app.limits.rates import TIMEOUT_S, RateLimiter
+from app.limits import turns
+from app.limits.rates import RateLimiter
 from app.limits.shared import SharedWindows
+from app.limits.turns import TIMEOUT_S
 from app.limits.windows import Bound, bound
 from app.telemetry.metrics import LIMITER_FALLBACKS
 from tests.limits.storage import Storage, road_to
@@ -78,8 +80,8 @@ async def test_without_the_storage_each_process_holds_its_share_and_nobody_waits
     async def away() -> None:
         with capture_logs() as logged:
             # Four of its five are used up: what was let through before the end counts.
-            assert sum(await asyncio.gather(*(timed(first, started) for _ in range(100)))) == 1
-            assert sum(await asyncio.gather(*(timed(second, other) for _ in range(100)))) == 5
+            assert sum(await asyncio.gather(*(timed(first, started) for _ in range(600)))) == 1
+            assert sum(await asyncio.gather(*(timed(second, other) for _ in range(600)))) == 5
         assert [line["event"] for line in logged] == ["limiter.storage_lost"] * 2  # once a process
         assert slowest < TIMEOUT_S + SLACK_S
         slowest_before, began = slowest, time.monotonic()
@@ -144,26 +146,54 @@ async def test_one_late_answer_does_not_make_a_process_alone(storage: Storage) -
     await limiter.close()
 
 
-async def test_a_storage_that_is_slow_and_answers_makes_nobody_wait_in_a_queue_for_it(storage: Storage) -> None:
-    """Each answer is in time, and only so many are asked for at once."""
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The time of a turn, longer than a busy machine keeps the storage from answering."""
+    monkeypatch.setattr(turns, "TIMEOUT_S", 0.5)
+    return turns.TIMEOUT_S
+
+
+@pytest.mark.parametrize("crowd", [200, 600])
+async def test_a_crowd_passes_no_limit_is_no_slow_storage_and_waits_in_no_queue_for_one(
+    storage: Storage, patient: float, crowd: int
+) -> None:
+    """Each answer is in time, only so many are asked for at once, and those that wait go together."""
     async with road_to(storage) as road:
-        limiter, limit = RateLimiter(SharedWindows(road.url, timeout_s=1), replicas=2), fresh("900000/hour")
-        assert await taken(limiter, limit, 200) == 200  # the connections are there
-        assert not limiter.is_alone()
-        road.delay_s, slowest, before = 0.8 * TIMEOUT_S, 0.0, LIMITER_FALLBACKS._value.get()
+        first, second = [RateLimiter(SharedWindows(road.url, timeout_s=5), replicas=10) for _ in range(2)]
+        full, half, before = fresh("60/hour"), fresh("100/hour"), LIMITER_FALLBACKS._value.get()
+        assert [await taken(first, full, 70), await taken(second, half, 50)] == [60, 50]
+        road.delay_s, slowest = patient / 5, 0.0
 
-        async def timed() -> None:
+        async def stranger() -> None:
+            """Whose credential turns out to be valid."""
             nonlocal slowest
-            began = time.monotonic()
-            assert (await limiter.hit(limit)).is_allowed
+            place, began = fresh("1/hour"), time.monotonic()
+            assert (await second.hit(place)).is_allowed
             slowest = max(slowest, time.monotonic() - began)
+            await second.give_back(place)
+            assert (await second.hit(place)).is_allowed
 
-        await asyncio.gather(*(timed() for _ in range(600)))
-        assert slowest < TIMEOUT_S + SLACK_S, "in turn they would take three seconds"
-        assert LIMITER_FALLBACKS._value.get() - before > 300
-        assert limiter.is_alone()
-        road.delay_s = 0
-        await until_back(limiter)
+        strangers = asyncio.gather(*(stranger() for _ in range(crowd)))
+        assert [*await asyncio.gather(taken(second, full, 60), taken(second, half, 40))] == [0, 40]
+        await strangers
+        assert (second.is_alone(), LIMITER_FALLBACKS._value.get() - before) == (False, 0)
+        assert slowest < crowd / 16 * road.delay_s / 2 + SLACK_S, "in turn they would take twice as long"
+        await first.close()
+        await second.close()
+
+
+async def test_who_leaves_while_waiting_for_a_turn_takes_no_place(storage: Storage, patient: float) -> None:
+    async with road_to(storage) as road:
+        limiter, limit = RateLimiter(SharedWindows(road.url, timeout_s=5)), fresh("900/hour")
+        assert await taken(limiter, limit, 16) == 16
+        road.delay_s = patient / 5
+        asking = [asyncio.create_task(limiter.hit(limit)) for _ in range(60)]
+        await asyncio.sleep(0.001)
+        for waiting in asking[16:50]:
+            waiting.cancel()
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        assert sum(isinstance(answer, asyncio.CancelledError) for answer in answers) == 34
+        assert (await limiter.peek(limit)).tightest.used == 16 + 60 - 34
         await limiter.close()
 
 

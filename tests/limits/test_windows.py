@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import ConfigurationError
+from app.limits import admission
 from app.limits import windows as windows_module
 from app.limits.shared import SharedWindows
 from app.limits.windows import CELLS, Bound, Standing, Verdict, Windows, bound
@@ -215,31 +216,22 @@ def test_whatever_the_order_no_span_holds_more_than_its_limit_and_none_is_refuse
                 taken[place].append(now)
 
 
-SIZES: Final = st.builds("{}/{}".format, st.integers(1, 40), st.sampled_from(["second", "minute"]))
+SIZES: Final = st.builds("{}/{}".format, st.integers(1, 40), st.sampled_from(["second", "minute", "hour"]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(rates=st.tuples(SIZES, SIZES), waits=st.lists(st.floats(0, 2), max_size=200))
-def test_what_passes_a_bound_passes_each_that_it_implies(rates: tuple[str, str], waits: list[float]) -> None:
-    now = 0.0
-    windows = Windows(clock=lambda: now)
-    tight, other = (bound(f"kind{place}", "t/u", rate) for place, rate in enumerate(rates))
-    for wait_s in waits:
+@given(most=SIZES, steps=st.lists(st.tuples(st.lists(SIZES, max_size=2), st.floats(0, 20)), max_size=120))
+def test_whatever_rates_are_published_in_turn_no_more_than_the_platforms_passes_and_each_window_is_taken_once(
+    most: str, steps: list[tuple[list[str], float]]
+) -> None:
+    now, taken = 0.0, list[float]()
+    windows, cap = Windows(clock=lambda: now), bound("user", "t/u", most)
+    for rates, wait_s in steps:
         now += wait_s
-        if windows.take([tight]).is_allowed:
-            assert windows.take([other]).is_allowed or not tight.implies(other)
-
-
-@pytest.mark.parametrize(
-    ("rate", "other", "implies"),
-    [
-        ("10/second", "600/minute", True),
-        ("10/second", "599/minute", False),
-        ("600/hour", "600/minute", True),
-        ("601/hour", "600/minute", False),
-        ("5/minute", "5/minute", True),
-        ("600/minute", "10/second", False),
-    ],
-)
-def test_a_bound_implies_what_its_worst_burst_still_passes(rate: str, other: str, *, implies: bool) -> None:
-    assert bound("user", "t/u", rate).implies(bound("user", "t/u", other)) is implies
+        bounds = admission._within(most, "user", "t/u", rates)
+        keys = {each.key for each in bounds}
+        assert len(keys) == len(bounds)
+        assert keys == {cap.key} | {bound("user", "t/u", rate).key for rate in rates}
+        while windows.take(bounds).is_allowed:
+            taken.append(now)
+        assert sum(at > now - cap.span_s for at in taken) <= cap.amount

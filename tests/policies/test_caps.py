@@ -101,7 +101,7 @@ async def test_no_policy_lets_more_queries_through_than_the_platform(capped: Ser
     rates = [
         (rate["of"], rate["limit"], rate["remaining"]) for rate in (await tenant.user.get("/v1/me")).json()["rates"]
     ]
-    assert rates[:2] == [("tenant", "5 per 1 hour", 0), ("user", "3 per 1 hour", 0)]
+    assert [rate for rate in rates if "hour" in rate[1]] == [("tenant", "5 per 1 hour", 0), ("user", "3 per 1 hour", 0)]
 
 
 async def test_a_rate_of_another_unit_holds_beside_that_of_the_platform(capped: Service) -> None:
@@ -113,8 +113,15 @@ async def test_a_rate_of_another_unit_holds_beside_that_of_the_platform(capped: 
     me = (await tenant.user.get("/v1/me")).json()
     assert [(rate["of"], rate["limit"]) for rate in me["rates"][:-1]] == [
         ("tenant", "4 per 1 day"),
+        ("tenant", "5 per 1 hour"),
         ("user", "10 per 1 day"),
         ("user", "3 per 1 hour"),
     ]
     statuses = [(await asker.ask("hello")).status_code for asker in (tenant.user, colleague) for _ in range(4)]
     assert statuses == [409, 409, 409, 429, 409, 429, 429, 429]
+    # What one policy has let through counts in the platform's window when the next one is of the platform's unit.
+    await tenant.admin.publish(
+        "schema: bulkhead/1\nmodel: {use: rehearsal}\nlimits: {requests: 3/hour, tenant_requests: 5/hour}\n"
+    )
+    statuses = [(await asker.ask("hello")).status_code for asker in (tenant.user, colleague) for _ in range(2)]
+    assert statuses == [429, 429, 409, 429]

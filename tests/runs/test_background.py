@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app import lifetime
 from app.policies.servers.filesystem import FilesystemServer
-from app.worker import at_work
+from app.worker import Worker, at_work
 from tests.runs.faults import TERMINAL
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 from tests.slow_model import SlowModel, slow_model
@@ -24,6 +24,8 @@ from tests.slow_model import SlowModel, slow_model
 PER_TENANT: Final = 2
 PLACES: Final = 4
 ATTEMPTS: Final = 2
+# Three claims fail, 4 and 8 seconds apart.
+CLAIM_S: Final = 12
 BALLAST: Final = 10_000
 _PATIENCE_S: Final = 20
 
@@ -106,7 +108,7 @@ async def ended(tenant: Tenant, location: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 async def place(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     sizes: dict[str, Any] = {"background_per_tenant": PER_TENANT, "worker_runs": PLACES, "run_lease_s": 2}
-    sizes |= {"run_attempts": ATTEMPTS}
+    sizes |= {"run_attempts": ATTEMPTS, "run_claim_s": CLAIM_S}
     async with (
         slow_model() as (model, endpoint),
         running_service(databases, tmp_path_factory.mktemp("background"), model=endpoint, **sizes) as service,
@@ -192,12 +194,11 @@ async def test_a_worker_that_is_given_time_ends_what_it_has(place: Place) -> Non
 
 
 async def test_a_run_that_nobody_can_take_up_ends_and_gives_its_place_to_others(place: Place) -> None:
-    """Its query does not open, whoever tries: as with a key that is lost."""
+    """A query does not open, as with a key that is lost; and the database refuses what a claim writes."""
     tenant = await place.tenant()
     broken = [await place.submit(tenant, f"broken {number}") for number in range(PER_TENANT)]
-    assert len(await place.sql(tenant, "update contents set sealed = 'x' where kind = 'query' returning 1")) == len(
-        broken
-    )
+    for location, statement in zip(broken, (_SHUT, _OVERFLOW), strict=True):
+        assert await place.sql(tenant, statement, run=UUID(location.rpartition("/")[2]))
     whole = await place.submit(tenant, "whole")
     place.model.turns["whole"].released.set()
     async with place.worker():
@@ -205,9 +206,10 @@ async def test_a_run_that_nobody_can_take_up_ends_and_gives_its_place_to_others(
         deadline = time.monotonic() + _PATIENCE_S
         while await place.sql(tenant, "select id from runs where state = 'queued'"):
             assert time.monotonic() < deadline
+            await place.sql(tenant, _LAPSE)
             await asyncio.sleep(0.1)
-    found = await place.sql(tenant, "select id, state, code, deaths from runs order by id limit :most", most=PER_TENANT)
-    assert [tuple(row)[1:] for row in found] == [("failed", "internal", ATTEMPTS)] * PER_TENANT
+    found = await place.sql(tenant, _UNCLAIMED, most=PER_TENANT)
+    assert [tuple(row)[1:] for row in found] == [("failed", "internal", 0, CLAIM_S)] * PER_TENANT
     events = await tenant.admin.events(run_id=str(found[0].id))
     assert events[-1]["data"] == {"state": "failed", "code": "internal", "cause": None}
     told = await place.sql(tenant, _TOLD, run=found[0].id)
@@ -215,6 +217,37 @@ async def test_a_run_that_nobody_can_take_up_ends_and_gives_its_place_to_others(
 
 
 _TOLD: Final = "select type from run_events where run_id = :run order by sequence"
+_SHUT: Final = "update contents set sealed = 'x' || sealed where kind = 'query' and run_id = :run returning 1"
+_OPEN: Final = (
+    "update contents set sealed = substring(sealed from 2) where kind = 'query' and run_id = :run returning 1"
+)
+_OVERFLOW: Final = "update runs set attempt = 2147483647 where id = :run returning 1"
+_LAPSE: Final = "update runs set lease_until = now() where unclaimed_s > 0 and lease_until > now() returning id"
+_UNCLAIMED: Final = "select id, state, code, deaths, unclaimed_s from runs order by id limit :most"
+
+
+async def test_a_dead_run_that_nobody_can_take_up_for_a_while_goes_on_after_it(place: Place) -> None:
+    tenant = await place.tenant()
+    (location,) = (await place.given_back({"shut for a while": tenant})).values()
+    run = {"run": UUID(location.rpartition("/")[2])}
+    assert await place.sql(tenant, _SHUT, **run)
+    assert await place.sql(tenant, _DIES, **run)
+    async with place.worker():
+        deadline = time.monotonic() + _PATIENCE_S
+        while not await place.sql(tenant, "select 1 from runs where unclaimed_s > 0"):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(2.5)  # no sweep finds it: a job each second would have come to an end by now
+        assert await place.sql(tenant, "select unclaimed_s from runs") == [(4,)]
+        assert await place.sql(tenant, _OPEN, **run)
+        await place.sql(tenant, _LAPSE)
+        assert (await ended(tenant, location))["status"] == "succeeded"
+    assert await place.sql(tenant, "select attempt, deaths, unclaimed_s from runs") == [(2, 1, 0)]
+
+
+_DIES: Final = """
+update runs set state = 'running', lease_until = now(), deferred_at = null where id = :run returning 1
+"""
 
 
 async def test_ten_thousand_queued_runs_of_one_tenant_do_not_keep_another_waiting(place: Place) -> None:
@@ -273,6 +306,50 @@ _CUT: Final = """
 select pg_terminate_backend(pid) from pg_stat_activity
 where application_name = 'bulkhead worker' and datname = current_database()
 """
+
+
+async def test_a_worker_that_begins_anew_takes_no_job_for_which_it_has_no_place(place: Place) -> None:
+    tenants = [await place.tenant() for _ in range(PLACES // PER_TENANT)]
+    held = {f"held {number}": tenants[number % len(tenants)] for number in range(PLACES)}
+    async with full(place, held) as (worker, places):
+        assert worker._engine is not None
+        engine = worker._engine
+        engine.stop()  # type: ignore[no-untyped-call]  # it ends so where it loses the database
+        deadline = time.monotonic() + _PATIENCE_S
+        while worker._engine is engine:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        other = await place.tenant()
+        place.model.turns["for another worker"].released.set()
+        location = await place.submit(other, "for another worker")
+        await asyncio.sleep(1)  # it asks five times a second
+        assert await place.service.sql(_TO_DO) == [(1,)]
+        async with place.worker():
+            assert (await ended(other, location))["status"] == "succeeded"
+            assert {(await read(tenant, places[query]))["status"] for query, tenant in held.items()} == {"running"}
+            for query in held:
+                place.model.turns[query].released.set()
+            assert {(await ended(tenant, places[query]))["status"] for query, tenant in held.items()} == {"succeeded"}
+
+
+@asynccontextmanager
+async def full(place: Place, held: Mapping[str, Tenant]) -> AsyncIterator[tuple[Worker, dict[str, str]]]:
+    """A worker that has these under way, and no place for more; and their places."""
+    state = place.service.app.state
+    parts = {name: getattr(state, name) for name in ("runs", "dispatch", "database", "platform")}
+    url, grace = place.service.urls.platform, state.watch.grace
+    worker = Worker(url, **parts, places=len(held), claim_s=CLAIM_S, grace=grace)
+    keeping = asyncio.create_task(worker.keep())
+    try:
+        places = {query: await place.submit(tenant, query) for query, tenant in held.items()}
+        await place.arrived(*held)
+        yield worker, places
+    finally:
+        await worker.stop(within_s=0)
+        await lifetime.end(keeping)
+
+
+_TO_DO: Final = "select count(*) from bulkhead_jobs.procrastinate_jobs where status = 'todo'"
 
 
 async def test_a_job_whose_run_has_ended_or_is_not_there_does_nothing(place: Place) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 import pytest
@@ -13,6 +13,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app.limits.queue import TooManyRuns
+from app.runs import repository
+from app.runs.lifecycle import unclaimable
 from tests.runs.queue_ground import PER_TENANT, Customer, QueueGround, queue_ground
 from tests.service import Databases
 
@@ -167,6 +169,95 @@ async def test_a_run_that_was_put_off_comes_again_when_another_ends_or_after_a_w
     await ground.change(customer, "update runs set lease_until = now() where id = :id", id=run_id)
     await ground.sweep()
     assert await has_job(ground, run_id) == [True]
+
+
+@pytest.mark.parametrize("of", [{}, {"state": "running", "lease_s": -1}], ids=["queued", "dead"])
+async def test_a_run_that_nobody_could_take_up_waits_twice_as_long_each_time_whatever_ends_meanwhile(
+    ground: QueueGround, of: Mapping[str, Any]
+) -> None:
+    """The control is one that was put off since others were at work: it has its turn as soon as one ends."""
+    customer = await ground.customer()
+    run_id, waits = await ground.add(customer, **of), []
+    busy = await ground.add(customer)
+    for _ in range(6):
+        await ground.sweep()
+        assert await has_job(ground, run_id, busy) == [True, True]
+        await ground.lose(run_id, busy)
+        async with ground.app.transaction(customer.id) as session:
+            await ground.dispatch.put_off(session, customer.id, busy)
+        assert not await failed(ground, customer, run_id)
+        assert not await failed(ground, customer, run_id), "a job too many shortens no wait"
+        waits.append(await read(ground, customer, _WAITS, id=run_id))
+        await ground.sweep()
+        assert await has_job(ground, run_id, busy) == [False, False]
+        assert await ground.promote(customer) == 1
+        assert await has_job(ground, run_id, busy) == [False, True]
+        await ground.change(customer, _LAPSE, id=run_id)
+    assert waits == [4, 8, 16, 32, 64, 64]
+    assert await read(ground, customer, "select deaths from runs where id = :id", id=run_id) == 0
+
+
+_WAITS: Final = "select cast(ceil(extract(epoch from lease_until - now())) as integer) from runs where id = :id"
+_LAPSE: Final = "update runs set lease_until = now() - interval '1 second' where id = :id"
+
+
+async def failed(ground: QueueGround, customer: Customer, run_id: UUID, *, claim_s: int = 3600) -> bool:
+    """As a worker tells that it could not take the run up; whether that has ended it."""
+    async with ground.app.transaction(customer.id) as session:
+        return await unclaimable.count(session, ground.dispatch, run_id, claim_s=claim_s)
+
+
+async def read(ground: QueueGround, customer: Customer, query: str, **values: object) -> object:
+    async with ground.app.transaction(customer.id) as session:
+        found: object = await session.scalar(text(query), values)
+        return found
+
+
+async def test_what_is_put_off_keeps_no_other_run_of_its_tenant_from_a_turn(ground: QueueGround) -> None:
+    customer = await ground.customer()
+    await ground.add(customer)
+    await ground.change(customer, _MANY, runs=600)
+    ready = await ground.add(customer)
+    assert await ground.promote(customer) == 2
+    assert await has_job(ground, ready) == [True]
+
+
+# Older than all others, by their ids.
+_MANY: Final = """
+insert into runs (tenant_id, id, user_id, policy_version, model, kind, state, unclaimed_s, lease_until)
+select tenant_id, overlay(gen_random_uuid()::text placing '00' from 1 for 2)::uuid, user_id, policy_version, 'm',
+       'background', 'queued', 4, now() + interval '1 minute'
+from (select * from runs limit 1) one, generate_series(1, :runs)
+"""
+
+
+async def test_a_dead_run_that_nobody_takes_up_is_given_up_after_a_time_or_once_it_is_cancelled(
+    ground: QueueGround,
+) -> None:
+    given_up, cancelled, alone = [await ground.customer() for _ in range(3)]
+    runs = {each.id: await ground.add(each, state="running", lease_s=-1) for each in (given_up, cancelled, alone)}
+    for customer, claim_s in ((given_up, 4), (cancelled, 5)):
+        assert not await failed(ground, customer, runs[customer.id], claim_s=claim_s)
+    await ground.change(cancelled, "update runs set cancel_cause = 'user' where id = :id", id=runs[cancelled.id])
+    assert not await left(ground, claim_s=4) & set(runs), "they are put off"
+    for customer in (given_up, cancelled):
+        await ground.change(customer, _LAPSE, id=runs[customer.id])
+    assert await left(ground, claim_s=4) & set(runs) == {given_up.id, cancelled.id}
+    assert await left(ground, claim_s=5) & set(runs) == {cancelled.id}
+
+
+async def left(ground: QueueGround, *, claim_s: int) -> set[UUID]:
+    """The tenants whose runs are to be ended."""
+    async with ground.platform.transaction() as session:
+        return await repository.tenants_left(session, attempts=5, claim_s=claim_s)
+
+
+async def test_a_run_is_put_off_for_a_minute_at_most(ground: QueueGround) -> None:
+    customer = await ground.customer()
+    run_id = await ground.add(customer)
+    async with ground.app.transaction(customer.id) as session:
+        await ground.dispatch.put_off(session, customer.id, run_id, times=2**70)
+    assert await read(ground, customer, _WAITS, id=run_id) == 64
 
 
 async def test_a_run_has_one_job_that_waits(ground: QueueGround) -> None:

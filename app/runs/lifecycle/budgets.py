@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final, Protocol
-from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -68,14 +67,10 @@ class Budgets:
         spent = Spent(turns=turns, tools=_uncounted(run), runs=runs, least=uncharged, least_cost=cost)
         await limits.settle(session, {(run.caller.tenant_id, run.run_id): spent})
 
-    async def count(
-        self, session: AsyncSession, tenant_id: UUID, run_id: UUID, *, user_id: UUID, model: str, turns: int
-    ) -> None:
-        """A run that had begun, and ended while it waited with nothing reserved; the last thing of its transaction."""
-        await limits.count(session, tenant_id, run_id, user_id=user_id, model=model, spent=Spent(Tokens(), turns=turns))
-
     async def count_waited(self, session: AsyncSession, run: RunContext) -> None:
-        """The same for one that was about to go on, with those of its calls that nobody has counted yet."""
+        """One that had nothing reserved, and has ended as it was about to go on, with those of its calls that nobody
+        has counted yet; the last thing of its transaction.
+        """
         spent = Spent(Tokens(), turns=run.model_turns, tools=_uncounted(run))
         caller = run.caller
         await limits.count(session, caller.tenant_id, run.run_id, user_id=caller.user_id, model=run.model, spent=spent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final
 
 from sqlalchemy import text
@@ -18,7 +19,7 @@ from app.tenants.service import opened_tenant_key
 
 # Plain SQL, since all of it is other domains'.
 _CALLER: Final = text(f"""
-select t.status, t.key_id, t.wrapped_key, u.wrapped_key as user_key, p.version, t.generation, {STANDING}
+select t.status, t.key_id, t.wrapped_key, u.wrapped_key as user_key, p.version, p.pinned_at, t.generation, {STANDING}
 from tenants t
 join users u on u.tenant_id = t.id
 left join api_keys k on k.tenant_id = t.id and k.id = :key_id
@@ -29,14 +30,14 @@ where t.id = :tenant_id and u.id = :user_id
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """`user_key` seals texts, `tenant_key` makes keyed hashes; `policy_version` is the one that is published, in
-    the tenant's `generation` of now.
+    """`user_key` seals texts, `tenant_key` makes keyed hashes; `policy` is what is published, in the tenant's
+    `generation` of now: which version, and since when its tools are pinned.
     """
 
     user_key: SecretKey = field(repr=False)
     tenant_key: SecretKey = field(repr=False)
     stop: StopCause | None
-    policy_version: int | None
+    policy: tuple[int | None, datetime | None]
     generation: int
 
 
@@ -49,4 +50,4 @@ async def look_at(session: AsyncSession, keyring: Keyring, caller: Caller) -> Kn
     sealed = Sealed(row.key_id, row.wrapped_key)
     tenant_key = opened_tenant_key(keyring, caller.tenant_id, status=row.status, sealed=sealed)
     user_key = tenant_keys.open_user_key(tenant_key, row.user_key, user_id=caller.user_id)
-    return Known(user_key, tenant_key, stop_of(row), row.version, row.generation)
+    return Known(user_key, tenant_key, stop_of(row), (row.version, row.pinned_at), row.generation)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Final
 from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
@@ -12,16 +16,16 @@ from app.db import Database
 from app.errors import Conflict, NotFound
 from app.runs import contents, repository
 from app.runs.approvals import repository as approvals
-from app.runs.context import RunContext
+from app.runs.context import Call, RunContext
 from app.runs.dispatch import Dispatch
-from app.runs.events import log as events
 from app.runs.events.log import EventKind
-from app.runs.lifecycle import recording
+from app.runs.lifecycle import idle, recording, resuming
 from app.runs.lifecycle.budgets import Budgets
 from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.stops import read_orders
 from app.runs.state import GIVEN_BACK, INTERRUPTED, WAITING, Ending, State, StopCause, cancelled
 from app.telemetry.metrics import count_run
+from app.writes import at_end
 
 # Of how long a run is put off: to a minute.
 _DOUBLINGS: Final = 5
@@ -42,6 +46,7 @@ class Closing:
             if not await repository.finish(session, run, ending, cause):
                 return INTERRUPTED
             await self._journal.flush(session, run)
+            await _leave_unknown(session, run)
             if run.answer:
                 contents.add(session, run, contents.Kind.ANSWER, run.answer)
             await audit.append(session, run.caller.tenant_id, *recording.ended(run, ending, cause))
@@ -97,25 +102,31 @@ class Closing:
         """End a run that nobody executes, or order its process to stop it. Raise NotFound; Conflict where it ended."""
         cause = StopCause.USER
         async with self._database.transaction(caller.tenant_id) as session:
-            found = await repository.find(session, run_id, user_id=user_id)
-            if found is None:
+            if await repository.find(session, run_id, user_id=user_id) is None:
                 raise NotFound
-            if await repository.cancel_idle(session, run_id, cause) is None:
+            run = await repository.cancel_idle(session, run_id, cause)
+            if run is None:
                 if await repository.order_cancel(session, caller, cause, run_id=run_id):
                     return
-                if await repository.cancel_idle(session, run_id, cause) is None:  # it has come to wait only now
+                run = await repository.cancel_idle(session, run_id, cause)  # it may have come to wait only now
+                if run is None:
                     raise Conflict("The run has ended, or is being cancelled.")
-            await approvals.void(session, run_id)
             ordered = Event(EventType.RUN_CANCEL_ORDERED, actor_id=caller.user_id, run_id=run_id, data={"cause": cause})
-            data = {"state": State.CANCELLED, "code": "cancelled", "cause": cause}
-            ended = Event(EventType.RUN_FINISHED, actor_id=found.user_id, run_id=run_id, data=data)
-            await audit.append(session, caller.tenant_id, ordered, ended)
-            told = {"status": State.CANCELLED, "code": "cancelled"}
-            await events.append(session, caller.tenant_id, run_id, EventKind.RUN_FINISHED, told)
-            await self._dispatch.promote(session, caller.tenant_id)
-            if found.started_at is not None:
-                turns = await repository.turns_of(session, run_id)
-                await self._budgets.count(
-                    session, caller.tenant_id, run_id, user_id=found.user_id, model=found.model, turns=turns
-                )
+            await audit.append(session, caller.tenant_id, ordered)
+            await idle.ended(session, self._dispatch, run, cancelled(cause))
         count_run(caller.tenant_id, State.CANCELLED.value, "cancelled")
+
+
+async def _leave_unknown(session: AsyncSession, run: RunContext) -> None:
+    """Calls that may be on record as allowed though they were not made: the answer to that commit was lost, or they
+    were to be made again.
+    """
+    if doubtful := [call for call in run.calls if call.decision and call.outcome is None]:
+        await resuming.leave_unknown(session, run)
+        at_end(session, partial(_doubt_again, doubtful))
+
+
+def _doubt_again(calls: Sequence[Call], *, is_committed: bool) -> None:
+    if not is_committed:
+        for call in calls:
+            call.outcome = None

@@ -348,8 +348,10 @@ class Opening:
 
 
 def _holds(known: Known, admitted: _Admitted) -> bool:
-    """No run begins under a policy that was replaced between the request and its run."""
-    return known.policy_version == admitted.policy.version
+    """No run begins under a policy that was replaced between the request and its run; a version that is published
+    again, or whose tools were accepted as they are now, is another one under the same number.
+    """
+    return known.policy == (admitted.policy.version, admitted.policy.pinned_at)
 
 
 def _stopped(opened: Opened, stop: StopCause | None) -> Opened:

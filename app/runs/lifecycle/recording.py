@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from uuid import UUID
 
 from app.audit.events import Event, EventType
 from app.policies.screening import Verdict
@@ -57,19 +58,18 @@ def returned(run: RunContext) -> Event:
     return _event(run, EventType.RUN_GIVEN_BACK, attempt=run.attempt)
 
 
-def in_doubt(run: RunContext, calls: Iterable[tuple[int, str]]) -> Iterator[Event]:
+def in_doubt(run_id: UUID, user_id: UUID, calls: Iterable[tuple[int, str]]) -> Iterator[Event]:
     """Calls (number, tool) of a process that died during them."""
     for sequence, tool in calls:
-        yield _event(
-            run,
-            EventType.TOOL_FINISHED,
-            sequence=sequence,
-            tool=tool,
-            outcome=Outcome.UNKNOWN,
-            duration_ms=None,
-            result_hmac=None,
-            sandbox_hash=None,
-        )
+        data = {
+            "sequence": sequence,
+            "tool": tool,
+            "outcome": Outcome.UNKNOWN,
+            "duration_ms": None,
+            "result_hmac": None,
+            "sandbox_hash": None,
+        }
+        yield Event(EventType.TOOL_FINISHED, actor_id=user_id, run_id=run_id, data=data)
 
 
 def ended(run: RunContext, ending: Ending, cause: StopCause | None) -> list[Event]:

@@ -113,7 +113,8 @@ async def leave_unknown(session: AsyncSession, run: RunContext, *, but: Sequence
     for call in run.calls:
         if call.sequence in {sequence for _, sequence, _ in lost}:
             call.outcome = Outcome.UNKNOWN
-    unknown = recording.in_doubt(run, [(sequence, tool) for _, sequence, tool in lost])
+    calls = [(sequence, tool) for _, sequence, tool in lost]
+    unknown = recording.in_doubt(run.run_id, run.caller.user_id, calls)
     await audit.append(session, run.caller.tenant_id, *unknown)
     return bool(lost)
 

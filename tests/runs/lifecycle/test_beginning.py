@@ -12,6 +12,7 @@ from app.caller import Caller
 from app.db import new_id
 from app.limits.queue import Busy
 from app.limits.repository import lock
+from app.policies import versions
 from app.policies.versions import ActivePolicy
 from app.runs import repository
 from app.runs.context import RunContext
@@ -117,6 +118,29 @@ async def test_a_publish_that_revokes_finds_the_runs_that_are_just_beginning(
     assert isinstance(opened, Opened)
     assert (opened.run.policy.version, opened.denied, revoked) == (1, None, 1)
     assert await order(service, opened.run) == StopCause.POLICY_REVOKED
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_a_query_that_waited_begins_with_the_tools_that_are_pinned_by_now(
+    service: Service, tenant: Tenant, caller: Caller, *, tells: bool
+) -> None:
+    """The same version is published again, or a quarantine's tools are accepted: its number stays."""
+    policy, database = await holding(service, caller), service.app.state.database
+    question, verdict = await screened(service, caller, policy)
+    async with database.transaction(caller.tenant_id) as session:
+        published = await versions.read_published(session)
+        assert published is not None
+        others = [replace(tool, description="another by now") for tool in published.pinned()]
+        await versions.repin(session, caller.tenant_id, others, replaces=published)
+    if tells:
+        how = {"revoke_running": True, "accept_tool_changes": True}
+        await tenant.admin.make(f"/v1/policies/{policy.version}/publish", json=how)
+    opened = await opening(service).begin(caller, policy, question, verdict)
+    assert isinstance(opened, Opened)
+    assert opened.denied is None
+    now = await holding(service, await caller_of(service, tenant, tenant.user_id))
+    assert opened.run.policy is now
+    assert now.pinned_at != policy.pinned_at
 
 
 async def revokes(tenant: Tenant) -> int:

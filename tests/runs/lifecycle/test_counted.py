@@ -19,16 +19,19 @@ from app.outbound.prices import PriceIn
 from app.runs.agent.governed import GovernedAgent
 from app.runs.context import RunContext
 from app.runs.events.models import RunEvent
+from app.runs.lifecycle import unclaimable
+from app.runs.lifecycle.journal import Journal
 from app.runs.service import Worked
-from app.runs.state import MODEL_FAILED, RunEnded
+from app.runs.state import DATABASE_LOST, MODEL_FAILED, RunEnded
 from app.telemetry import labels, metrics
 from tests.runs.approvals.waiting import caller_of
-from tests.runs.lifecycle.test_taking_up import asks, begun, sql
+from tests.runs.lifecycle.test_taking_up import ALLOWED, asks, begun, rows, sql, taken_up
 from tests.service import POLICY, Service, Tenant
 
 _LAPSE = "update runs set lease_until = now() - interval '1 second', kind = 'background' where id = :id"
 _LONG_AGO = "update runs set created_at = now() - interval '1 hour' where id = :id"
 _YESTERDAY = "update budget_reservations set day = current_date - 1 where run_id = :id"
+_USAGE_OF_TOOLS = text("select tool, allowed, failed from usage_tools")
 _USAGE = text("select sum(runs) as runs, sum(turns) as turns, sum(cost) as cost from usage_models")
 
 
@@ -99,6 +102,41 @@ async def test_a_run_that_had_begun_counts_though_its_user_is_erased_while_it_wa
     assert cancelled() == before + 1
     counted = await used(service, run)
     assert (counted.runs, counted.turns) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "unclaimed", "erased", "finished"])
+async def test_a_call_that_may_have_been_made_ends_and_counts_however_its_run_ends(
+    service: Service, tenant: Tenant, run: RunContext, how: str
+) -> None:
+    """Its process has died in the call, and the next one has kept it, to make it again; or the commit that allowed it
+    came through, and the answer to that did not.
+    """
+    closing, dispatch, run.is_durable = service.app.state.runs._closing, service.app.state.dispatch, how != "finished"
+    (call,) = asks(run, "a.md")
+    await Journal(service.app.state.database).record(run, call, ALLOWED)
+    if how == "finished":
+        assert await closing.finish(run, DATABASE_LOST, None) is DATABASE_LOST
+    else:
+        await sql(service, run, _LAPSE)
+        again = await taken_up(service, run)
+        assert again.resumption.asked, "the control: the call is to be made again"
+        await closing.give_back(again.run)
+    if how == "cancelled":
+        await closing.order_cancel(run.caller, run.run_id, user_id=None)
+    if how == "erased":
+        assert (await tenant.admin.post(f"/v1/users/{tenant.user_id}/erase")).is_success
+    if how == "unclaimed":
+        async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+            assert await unclaimable.count(session, dispatch, run.run_id, claim_s=0)
+    assert await rows(service, run) == [(1, "allowed", "unknown")]
+    events = await tenant.admin.events(run_id=str(run.run_id))
+    assert [event["data"]["outcome"] for event in events if event["type"] == "tool.finished"] == ["unknown"]
+    assert [event["type"] for event in events if event["type"] in {"tool.finished", "run.finished"}][
+        -1
+    ] == "run.finished"
+    async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+        assert (await session.execute(_USAGE_OF_TOOLS)).all() == [(call.tool, 1, 1)]
+        assert (await session.scalar(text("select sum(tool_calls) from usage_models"))) == 1
 
 
 async def test_a_dead_process_is_charged_by_the_price_of_the_day_on_which_its_run_began(

@@ -151,7 +151,7 @@ async def test_a_worker_that_begins_anew_has_no_more_runs_under_way_than_places(
     monkeypatch.setattr(RunService, "work", work)
     parts = {"runs": state.runs, "dispatch": state.dispatch, "database": state.database, "platform": state.platform}
     parts |= {"grace": state.watch.grace}
-    worker = Worker("postgresql+asyncpg://nobody@127.0.0.1/none", **parts, places=2, attempts=1)
+    worker = Worker("postgresql+asyncpg://nobody@127.0.0.1/none", **parts, places=2, claim_s=1)
     before = [asyncio.create_task(worker._do(str(uuid4()), str(uuid4()))) for _ in range(2)]
     await asyncio.sleep(0.05)
     for job in before:

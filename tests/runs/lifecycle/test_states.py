@@ -91,7 +91,7 @@ async def interrupted(ground: QueueGround, state: State) -> set[Way]:
     customer = await ground.customer()
     run_id = await ground.add(customer, state=state, lease_s=-1)
     async with ground.platform.transaction() as session:
-        ended = await repository.interrupt_expired(session, customer.id, attempts=1)
+        ended = await repository.interrupt_expired(session, customer.id, attempts=1, claim_s=1)
     return {(state.value, await state_of(ground, customer, run_id))} if ended else set()
 
 

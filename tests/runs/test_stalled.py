@@ -1,0 +1,98 @@
+"""What a process that has stalled holds of one tenant keeps only that one waiting, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import httpx
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db import Database, alone, create_engine
+from app.limits.repository import lock
+from app.runs import repository
+from tests.runs.approvals.waiting import caller_of
+from tests.runs.lifecycle.test_taking_up import waits_for_another
+from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
+from tests.slow_model import SlowModel, slow_model
+
+# Of one tenant, and more than there are connections.
+MANY: Final = 5
+POOL: Final = 4
+# Less than a transaction waits for a connection.
+_SOON_S: Final = 9
+
+
+@dataclass(slots=True)
+class Site:
+    """A service with few connections, a model that holds turns, and two tenants: a stalled process holds what is of
+    the first.
+    """
+
+    service: Service
+    model: SlowModel
+    held: Tenant
+    other: Tenant
+
+    async def in_flight(self, tenant: Tenant, query: str) -> asyncio.Task[httpx.Response]:
+        asking = asyncio.create_task(tenant.user.ask(query))
+        await asyncio.wait_for(self.model.turns[query].arrived.wait(), 20)
+        return asking
+
+    @asynccontextmanager
+    async def stalled(self) -> AsyncIterator[AsyncSession]:
+        """A transaction of another process."""
+        database = Database(create_engine(self.service.urls.app, pool_size=1))
+        async with database.transaction(UUID(self.held.id)) as session:
+            yield session
+        await database.dispose()
+
+    async def waiting(self, number: int) -> None:
+        """Until so many transactions wait for a lock."""
+        caller = await caller_of(self.service, self.other, self.other.user_id)
+        await waits_for_another(self.service, caller, waiting=number)
+
+
+@pytest.fixture(scope="module")
+async def site(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    async with (
+        slow_model() as (model, endpoint),
+        running_service(databases, tmp_path_factory.mktemp("stalled"), model=endpoint, database_pool=POOL) as service,
+    ):
+        tenants = [await service.new_tenant(policy=DEFAULT_MODEL_POLICY, files={"note.md": "hello"}) for _ in range(2)]
+        yield Site(service, model, *tenants)
+        model.release_all()
+
+
+async def test_queries_that_wait_for_a_publisher_that_has_stalled_keep_no_other_tenant_from_its_own(site: Site) -> None:
+    flying = await site.in_flight(site.other, "in flight")
+    waiting_queries = [f"held {number}" for number in range(3 * MANY)]
+    for query in ("in flight", "also now", *waiting_queries):
+        site.model.turns[query].released.set()
+    async with site.stalled() as session:
+        await alone(session, UUID(site.held.id), repository.BEGINNING)
+        waiting = [asyncio.create_task(site.held.user.ask(query)) for query in waiting_queries]
+        await site.waiting(1)
+        first = next(asyncio.as_completed(waiting))
+        soon = asyncio.gather(flying, site.other.user.ask("also now"), first)
+        *answers, refused = await asyncio.wait_for(soon, _SOON_S)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
+    assert 200 in [answer.status_code for answer in await asyncio.gather(*waiting)]
+
+
+async def test_runs_that_cannot_be_settled_keep_no_other_tenant_from_its_own(site: Site) -> None:
+    flying = await asyncio.gather(*(site.in_flight(site.held, f"to settle {number}") for number in range(MANY)))
+    site.model.turns["beside"].released.set()
+    async with site.stalled() as session:
+        await lock(session, UUID(site.held.id))
+        for number in range(MANY):
+            site.model.turns[f"to settle {number}"].released.set()
+        await site.waiting(POOL - 1)
+        assert (await asyncio.wait_for(site.other.user.ask("beside"), _SOON_S)).status_code == 200
+    assert [answer.status_code for answer in await asyncio.gather(*flying)] == [200] * MANY
