@@ -154,6 +154,7 @@ class RunService:
 
     async def _given_back(self, run: RunContext) -> Ending:
         """Once the database is back: till then nobody else can take the run up, and no process has died with it."""
+        run.events.withdraw()
         for pause_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:
                 return await self._closing.give_back(run, is_put_off=True)

@@ -102,6 +102,9 @@ async def test_a_database_that_is_away_for_longer_than_a_lease_ends_no_run(site:
         await asyncio.to_thread(site.cluster.start)
         assert [(await ended(tenant, place))["status"] for place in places] == ["succeeded"] * len(_RUNS)
     assert await site.deaths(tenant) == [0] * len(_RUNS)
+    for row in await site.sql(tenant, _TOLD):
+        assert row.numbers == list(range(1, len(row.numbers) + 1)), row.types
+        assert (row.types.count("run.queued"), row.types[-1]) == (2, "run.finished"), "each change is told once"
     assert len(site.service.server_journal(tenant)) == 2 * len(_RUNS), "and no call was made twice"
 
 
@@ -123,6 +126,10 @@ async def test_a_run_that_loses_the_database_again_and_again_is_tried_less_and_l
     assert await site.deaths(tenant) == [0, 0]
 
 
+_TOLD: Final = """
+select array_agg(sequence order by sequence) as numbers, array_agg(type order by sequence) as types
+from run_events group by run_id
+"""
 _OFTEN: Final = "update runs set attempt = 3 where id = :run returning id"
 _PUT_OFF: Final = """
 select cast(extract(epoch from lease_until - now()) as float) as s from runs where state = 'queued' order by id

@@ -25,7 +25,7 @@ from app.keyring import SecretKey
 from app.platform_db import PlatformDatabase
 from app.runs.events.deltas import Deltas
 from app.runs.events.models import RunEvent
-from app.runs.events.schemas import VERSION, EventKind, told
+from app.runs.events.schemas import OF_A_CHANGE, VERSION, EventKind, told
 from app.runs.redaction import Redactor
 from app.writes import at_end, insert_into, later
 
@@ -44,8 +44,7 @@ _MAX_WAITING_CHARS: Final = 500_000
 _MAX_UNTOLD_CHARS: Final = 200_000
 # Of one round, so that no statement becomes large.
 _MAX_ROWS: Final = 2_000
-# An id is 36 characters, and a notification holds 8,000 bytes.
-_MAX_NAMED: Final = 200
+_MAX_NAMED: Final = 200  # an id is 36 characters, and a notification holds 8,000 bytes
 EVERYBODY: Final = "*"
 
 _WRITE: Final = insert_into(RunEvent.table(), ending="on conflict do nothing")
@@ -192,10 +191,18 @@ class EventLog:
             self._has_begun = True
             self.written(rows)
             self._events.has_changed(self)
-        else:  # the change that it tells of has not happened, and whoever goes on with the run tells the rest
+        else:
             self.is_live = False
-            self.forget()
+            (self.withdraw if self._has_begun else self.forget)()
         self._free.set()
+
+    def withdraw(self) -> None:
+        """Tell nothing of a change that has not happened; the next event has its number. What came before it waits."""
+        while self._fresh and self._fresh[-1].kind in OF_A_CHANGE:
+            self._fresh.pop()
+        while not self._fresh and self._rows and self._rows[-1].kind in OF_A_CHANGE:
+            self._rows.pop()
+            self._last -= 1
 
     def take(self, most: int) -> Sequence[_Row]:
         """Rows to write, held until `release`; none while others of the run are on their way, or it has not begun."""

@@ -26,6 +26,15 @@ class EventKind(StrEnum):
     ERROR = "error"
 
 
+# These are told in the transaction of a change of the run's state, as the last of it.
+OF_A_CHANGE: Final = frozenset(
+    {
+        *(EventKind.RUN_QUEUED, EventKind.RUN_STARTED, EventKind.RUN_RESUMED),
+        *(EventKind.APPROVAL_REQUIRED, EventKind.ERROR, EventKind.RUN_FINISHED),
+    }
+)
+
+
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid")
 

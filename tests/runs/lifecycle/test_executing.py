@@ -106,6 +106,24 @@ async def test_what_a_run_has_noted_is_still_to_be_written_where_its_transaction
     assert (run.unwritten, run.written) == (before, 0)
 
 
+async def test_a_change_that_is_undone_is_not_told_and_its_number_is_the_next_ones(
+    service: Service, run: RunContext
+) -> None:
+    run.events.emit(EventKind.USAGE, {"turn": 1, "input_tokens": 1, "output_tokens": 1})
+    for has_failed in (True, True, False):
+        with suppress(ConnectionError):
+            async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+                run.events.emit(EventKind.RUN_QUEUED, {"attempt": 1})
+                await run.events.write(session, attempt=run.attempt)
+                if has_failed:
+                    raise ConnectionError
+    async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+        told = await session.execute(
+            select(RunEvent.sequence, RunEvent.type).where(RunEvent.run_id == run.run_id).order_by(RunEvent.sequence)
+        )
+        assert [tuple(row) for row in told] == [(1, "run.started"), (2, "usage"), (3, "run.queued")]
+
+
 async def test_runs_that_need_the_same_agent_at_once_have_it_made_once_and_a_stop_waits_for_none(
     service: Service, run: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
