@@ -255,6 +255,7 @@ def _external(urls: DatabaseUrls, **settings: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 async def test_an_external_database_is_set_up_once_and_served_with_a_model_only(
     machine: Machine, databases: Databases
 ) -> None:

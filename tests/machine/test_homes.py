@@ -50,6 +50,7 @@ async def _answers(machine: Machine) -> None:
         machine.end()
 
 
+@pytest.mark.long  # the ordinary user has less
 async def test_as_root_below_a_home_of_mode_0700(home: Path) -> None:
     await _answers(Machine(home / "data", checkout=home, command=_checkout(home, _PYTHON)))
 

@@ -64,6 +64,7 @@ async def test_a_first_start_answers_and_a_second_keeps_the_data(
     assert await machine.is_empty()
 
 
+@pytest.mark.long  # tests/faults kill processes of a service
 async def test_a_run_that_dies_with_its_process_is_interrupted_at_the_next_start_and_its_events_are_there(
     machine: Machine,
 ) -> None:
@@ -118,6 +119,7 @@ async def _ended_run(admin: httpx.AsyncClient) -> dict[str, str]:
             await asyncio.sleep(0.2)
 
 
+@pytest.mark.long
 async def test_what_outlives_a_kill_of_the_command_alone_is_taken_over_or_ended(machine: Machine) -> None:
     up = machine.spawn("up")
     await up.ready()
