@@ -49,23 +49,23 @@ for _ in range(500):
     ],
 )
 def test_a_schema_that_cannot_be_held_is_refused(schema: dict[str, Any], part: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     ((path, message),) = refusals(schemas={"docs__x": schema})
     assert path == "/servers/docs"
     assert part in message
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_an_evil_pattern_of_a_server_costs_no_time() -> None:
     attack = "a" * 24 + "!"
-    started = time.monotonic()
+    started = time.thread_time()
     re.search("^(a+)+$", attack)
-    assert time.monotonic() - started > 0.1, "the control: Python's own engine hangs on it"
+    assert time.thread_time() - started > 0.1, "the control: Python's own engine hangs on it"
     compiled = policy(allow=["*"], schemas={"docs__x": with_property({"type": "string", "pattern": "^(a+)+$"})})
-    started = time.monotonic()
+    started = time.thread_time()
     assert ask(compiled, "docs__x", x="a" * 100_000 + "!").rule == "schema"
     assert ask(compiled, "docs__x", x="aaa")
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_references_are_written_out_with_what_stands_beside_them() -> None:
@@ -117,10 +117,10 @@ def test_an_expanded_schema_judges_as_the_original(dialect: str) -> None:
 def test_a_schema_that_multiplies_work_denies_in_time() -> None:
     alternatives = {"anyOf": [{"type": "string", "const": str(number)} for number in range(1_500)]}
     compiled = policy(allow=["*"], schemas={"docs__x": with_property({"type": "array", "items": alternatives})})
-    started = time.monotonic()
+    started = time.thread_time()
     assert ask(compiled, "docs__x", x=["1"] * 10)
     assert ask(compiled, "docs__x", x=["1499"] * 1_900).rule == "argument_limits"
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_a_schema_that_multiplies_work_denies_in_time() -> None:
 )
 def test_no_keyword_takes_long(keywords: dict[str, Any]) -> None:
     compiled = policy(allow=["*"], schemas={"docs__x": with_property({"type": "array", "items": {}} | keywords)})
-    started = time.monotonic()
+    started = time.thread_time()
     ask(compiled, "docs__x", x=[[number] for number in range(900)])
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 @pytest.mark.parametrize(
