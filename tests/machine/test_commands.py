@@ -256,20 +256,26 @@ def _external(urls: DatabaseUrls, **settings: str) -> dict[str, str]:
 
 
 @pytest.mark.long
-async def test_an_external_database_is_set_up_once_and_served_with_a_model_only(
+async def test_an_external_database_is_set_up_and_served_with_a_model_only(
     machine: Machine, databases: Databases
 ) -> None:
     machine.settings = _external(await asyncio.to_thread(databases))
     assert "no admin yet" in (await machine.run("serve", MODEL_API_KEY="any")).complaint
-    first, second = await machine.run("admin", "bootstrap"), await machine.run("admin", "bootstrap")
-    assert (first.status, second.status) == (0, 1)
-    assert "has an admin already" in second.complaint
+    first = await machine.run("admin", "bootstrap")
     assert "BULKHEAD_MODEL_API_KEY" in (await machine.run("serve")).complaint
 
     async with _served(machine) as url, new_client(url, first.output.strip()) as admin:
         assert (await admin.get("/v1/me")).json()["role"] == "platform_admin"
         assert (await admin.get("/readyz")).json()["ready"] is True
     assert await machine.is_empty()
+
+
+async def test_an_external_database_gets_one_admin(machine: Machine, databases: Databases) -> None:
+    machine.settings = _external(await asyncio.to_thread(databases))
+    first, second = await machine.run("admin", "bootstrap"), await machine.run("admin", "bootstrap")
+    assert (first.status, second.status) == (0, 1)
+    assert first.output.startswith("bh_")
+    assert "has an admin already" in second.complaint
 
 
 @asynccontextmanager

@@ -50,11 +50,11 @@ async def _answers(machine: Machine) -> None:
         machine.end()
 
 
-@pytest.mark.long  # the ordinary user has less
 async def test_as_root_below_a_home_of_mode_0700(home: Path) -> None:
     await _answers(Machine(home / "data", checkout=home, command=_checkout(home, _PYTHON)))
 
 
+@pytest.mark.long  # whose own home it is: of root's, Postgres and the servers are strangers
 async def test_as_an_ordinary_user_below_a_home_of_mode_0700(home: Path) -> None:
     somebody = pwd.getpwnam("nobody")
     account = {"user": somebody.pw_uid, "group": somebody.pw_gid, "extra_groups": ()}

@@ -140,7 +140,8 @@ async def _publish(tenant: Tenant, policy: str) -> int:
     return (await tenant.admin.post(f"/v1/policies/{version}/publish")).status_code
 
 
-@pytest.mark.parametrize("is_apart", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("is_apart", [True, False])
 async def test_moves_that_take_long_hold_up_no_publish(
     databases: Databases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_apart: bool
 ) -> None:
