@@ -14,8 +14,9 @@ from weakref import WeakValueDictionary
 
 import uuid_utils.compat
 from sqlalchemy import ColumnElement, DateTime, MetaData, Table, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
@@ -35,6 +36,8 @@ _PATIENCE_S: Final = 10
 _AWAY: Final = ("57P01", "57P02", "57P03", "53300", "55P03", "08")
 # We have stalled in a transaction, and it has ended that.
 _STALLED: Final = "25P03"
+# It takes no writes: it was the primary before another became that.
+_READ_ONLY: Final = "25006"
 # A process that stalls in the middle loses its locks, which others wait for, as soon as a statement would.
 _SET_TENANT = text(
     "select set_config('app.tenant_id', :tenant_id, true),"
@@ -168,43 +171,75 @@ def made_within(
         yield id_ < first_id_at(until + slack)
 
 
-def create_engine(url: str, *, pool_size: int) -> AsyncEngine:
-    """An engine whose statements never wait for ever; `url` is of one role only."""
+def create_engine(url: str, *, pool_size: int, statement_s: float = 30) -> AsyncEngine:
+    """An engine whose statements never wait for ever, but for `statement_s`; `url` is of one role only."""
     engine = create_async_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_PATIENCE_S,
         pool_pre_ping=False,
-        connect_args={"timeout": 10, "command_timeout": 30},
+        connect_args={"timeout": 10, "command_timeout": statement_s},
         hide_parameters=True,
     )
     event.listen(engine.sync_engine, "do_connect", _connected)
+    event.listen(engine.sync_engine, "checkout", _open)
+    event.listen(engine.sync_engine, "handle_error", _failed)
     return engine
 
 
 class Unreachable(OperationalError):
-    """Nobody answers where the database should be."""
+    """Nobody answers where the database should be, or nobody any more.
+
+    The driver says so by an OSError, of which a TimeoutError is one; SQLAlchemy leaves it as it is, and nobody could
+    tell it from that of a file or a tool.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(None, None, error, connection_invalidated=True)
 
 
 def _connected(
     dialect: Dialect, _record: object, arguments: Sequence[Any], options: dict[str, Any]
 ) -> DBAPIConnection | None:
-    """SQLAlchemy leaves an OSError as it is, and nobody could tell it from that of a file or a tool."""
     try:
         return dialect.connect(*arguments, **options)
-    except OSError as error:  # a TimeoutError is one
-        raise Unreachable(None, None, error) from error
+    except OSError as error:
+        raise Unreachable(error) from error
+
+
+def _open(connection: Any, _record: object, _proxy: object) -> None:
+    """Of one that was closed in the pool, or came back so, the pool makes a new one: the driver has read that the
+    database ended it, or was told to close it, and SQLAlchemy would find out only by the next transaction that fails.
+    """
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError
+
+
+def _failed(context: ExceptionContext) -> Unreachable | None:
+    """Over a connection that leads to where nothing is written any more nobody asks again; nor, where it does not
+    answer, over those that are as old.
+    """
+    error = context.original_exception
+    if isinstance(error, OSError):
+        context.is_disconnect = context.invalidate_pool_on_disconnect = True
+        return Unreachable(error)
+    if _state(error) == _READ_ONLY:
+        context.is_disconnect = True
+    return None
+
+
+def _state(error: BaseException | None) -> str:
+    return str(getattr(error, "sqlstate", None) or "")
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the database could not be reached, a connection to it was lost, or somebody held a lock for too long:
-    whatever it was to do is not to blame, and may succeed later.
+    """Whether the database could not be reached, did not answer in time, takes no writes, a connection to it was lost,
+    or somebody held a lock for too long: whatever it was to do is not to blame, and may succeed later.
     """
     if isinstance(error, DBAPIError):
-        state = str(getattr(error.orig, "sqlstate", None) or "")
-        is_lost = error.connection_invalidated and state != _STALLED
-        return is_lost or state.startswith(_AWAY) or isinstance(error, Unreachable)
+        state = _state(error.orig)
+        return (error.connection_invalidated and state != _STALLED) or state.startswith(_AWAY)
     return isinstance(error, PoolTimeout)
 
 
@@ -258,23 +293,29 @@ class Database:
     """Transactions of the app role, each of which sees one tenant and nothing else.
 
     Where it `is_shared`, no tenant has more than three quarters of the connections at a time, nor more than one quarter
-    for transactions `among` others: all of these may wait for what a stalled process has locked of that tenant.
+    for transactions `among` others: all of these may wait for what a stalled process has locked of that tenant. Some of
+    its three quarters are for what stops something, which is not to wait behind them.
     """
 
     def __init__(self, engine: AsyncEngine, *, is_shared: bool = False) -> None:
         self._engine = engine
         size = connections(engine)[1]
-        self._all = _Shares(size - size // 4 if is_shared else maxsize)
+        most, kept = size - size // 4, max(1, size // 8) if size >= 4 else 0
+        self._all = _Shares(most if is_shared else maxsize)
+        self._usual = _Shares(most - kept if is_shared else maxsize)
         self._among = _Shares(size // 4 if is_shared else maxsize)
 
     @asynccontextmanager
-    async def transaction(self, tenant_id: UUID, *, among: str | None = None) -> AsyncIterator[AsyncSession]:
+    async def transaction(
+        self, tenant_id: UUID, *, among: str | None = None, is_stop: bool = False
+    ) -> AsyncIterator[AsyncSession]:
         """Commit at the end of the block, roll back where it raises. `among` names those of the tenant that `alone`
-        waits for.
+        waits for; one that `is_stop` ends what others may do, and does not wait for the tenant's usual share.
         """
         with in_trace("app"):
             async with (
                 nullcontext() if among is None else self._among.one_of(tenant_id),
+                nullcontext() if is_stop else self._usual.one_of(tenant_id),
                 self._all.one_of(tenant_id),
                 session_of(self._engine) as session,
                 session.begin(),

@@ -9,10 +9,10 @@ from typing import Any
 import asyncpg
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DisconnectionError, OperationalError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from app.db import connections, in_trace
+from app.db import Unreachable, connections, in_trace
 from app.writes import session_of
 
 
@@ -22,7 +22,6 @@ class PlatformDatabase:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         event.listen(engine.sync_engine, "connect", _bound)
-        event.listen(engine.sync_engine, "checkout", _open)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -46,6 +45,9 @@ class PlatformDatabase:
                     row = await driver.fetchrow(statement, *values)
                 except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
                     raise OperationalError(None, None, error) from error
+                except OSError as error:
+                    driver.terminate()
+                    raise Unreachable(error) from error
                 except BaseException:  # the answer may be under way still, and nobody else's question gets it
                     driver.terminate()
                     raise
@@ -61,20 +63,15 @@ class PlatformDatabase:
         await self._engine.dispose()
 
 
-def _open(connection: Any, _record: object, _proxy: object) -> None:
-    """Of one that was closed in the pool, or came back so, the pool makes a new one: SQLAlchemy sees nothing of what is
-    asked of the driver, and would find out only by the next transaction that fails.
-    """
-    if connection.driver_connection.is_closed():
-        raise DisconnectionError
-
-
 def _bound(connection: DBAPIConnection, _record: object) -> None:
     """As a tenant's transaction is: a process that stalls in the middle loses its locks, here those of many tenants.
 
     Once a connection, for it would be one more round trip of each; a pooler between may let go of it.
     """
-    cursor = connection.cursor()
-    cursor.execute("set idle_in_transaction_session_timeout = '30s'")
-    cursor.close()
-    connection.commit()
+    try:
+        cursor = connection.cursor()
+        cursor.execute("set idle_in_transaction_session_timeout = '30s'")
+        cursor.close()
+        connection.commit()
+    except OSError as error:
+        raise Unreachable(error) from error

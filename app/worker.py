@@ -33,10 +33,10 @@ from app.errors import AppError, ConfigurationError
 from app.listening import listening
 from app.platform_db import PlatformDatabase
 from app.runs.dispatch import DEAD_AFTER_S, SWEEP_S, Dispatch
+from app.runs.grace import Grace
 from app.runs.lifecycle import unclaimable
 from app.runs.service import RunService, Worked
 from app.runs.state import INTERNAL
-from app.runs.watch import Grace
 from app.sandbox.choice import ProbedSandbox
 from app.servers import templates
 from app.settings import Settings
@@ -221,7 +221,7 @@ class Worker:
             try:
                 await self._bury()
                 async with self._platform.transaction() as session:
-                    await self._dispatch.sweep(session, with_dead=self._grace.is_over)
+                    await self._dispatch.sweep(session, grace=self._grace)
             except _DATABASE_LOST as error:
                 _log.warning("sweep.database_unavailable", error=type(error).__name__)
             except Exception:  # noqa: BLE001  nothing queued is forgotten for a defect that one round met

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from app.telemetry.metrics import HEADS_EXPORTED
 
 _log = structlog.get_logger()
 _TAIL: Final = 65_536
+# As long as for the lock in the database, and shorter than a transaction may stay idle.
+_PATIENCE_S: Final = 5
 _NEWEST: Final = text("""
 with recursive newest as (
     (select * from audit_heads order by tenant_id desc, seq desc limit 1)
@@ -189,13 +192,27 @@ def _opened(path: Path, *, is_to_write: bool = False) -> Iterator[int]:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
             raise OSError("it is not a file of our own with one name")
         if is_to_write:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             os.fchmod(file, 0o600)
         if is_new:
             _sync_folder(path.parent)
         yield file
     finally:
         os.close(file)
+
+
+def _lock(file: int) -> None:
+    """Raise TimeoutError: who waited for ever would export nothing, and tell nobody."""
+    ends = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > ends:
+                raise TimeoutError(f"another process has locked it for more than {_PATIENCE_S} seconds") from None
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _sync_folder(path: Path) -> None:

@@ -32,7 +32,7 @@ with recursive found as (
 )
 select tenant_id from found
 """
-_FIRST: Final = text("select seq, hash from audit_chain where tenant_id = :tenant_id order by seq limit 1")
+_FIRST: Final = text("select seq from audit_chain where tenant_id = :tenant_id order by seq limit 1")
 # The last one before the first row, and those whose rows are not gone yet.
 _CHECKPOINTS: Final = text("""
 select seq, hash, pruned_at, key_id, signature from audit_checkpoints
@@ -132,19 +132,25 @@ async def verify_tenant(
 
 async def _begin(connection: AsyncConnection, tenant_id: UUID, verifier: Verifier) -> Break | None:
     """Where the rows that are there begin: one that a checkpoint covers and that is not gone yet must hold as well."""
-    row = (await connection.execute(_FIRST, {"tenant_id": tenant_id})).one_or_none()
-    first: int = row.seq if row else _LAST
+    found: int | None = await connection.scalar(_FIRST, {"tenant_id": tenant_id})
+    first = _LAST if found is None else found
     if first < 1:
         return Break(tenant_id, first, "no row comes before row 1")
     rows = (await connection.execute(_CHECKPOINTS, {"tenant_id": tenant_id, "first": first})).mappings().all()
     checkpoints = [_checkpoint(tenant_id, row) for row in rows]
     is_pruned = bool(checkpoints) and checkpoints[0][0].seq < first
     broken = verifier.begin(*checkpoints.pop(0)) if is_pruned else None
-    if row and verifier.seq < first - 1 and checkpoints and checkpoints[0][0].seq > first:
-        # Earlier releases pruned what a checkpoint covers in several transactions, and this one has been left in the
-        # middle. Nothing proves the first row; those after it follow from its hash, and must lead to the checkpoint's.
-        verifier.follow(first, row.hash)
-    return broken or verifier.pass_by(checkpoints)
+    broken = broken or verifier.pass_by(checkpoints)
+    is_half_pruned = found is not None and first > verifier.seq + 1 and bool(checkpoints)
+    return broken or (_half_pruned(tenant_id, verifier.seq + 1, first) if is_half_pruned else None)
+
+
+def _half_pruned(tenant_id: UUID, missing: int, first: int) -> Break:
+    """No hash proves the first row, whatever those after it lead to. An earlier release ended in the middle left it so;
+    who kept rows before they were pruned can put them back under a row of his own.
+    """
+    reason = f"the row is missing, and nothing proves row {first}, which the same checkpoint covers"
+    return Break(tenant_id, missing, f"{reason}; `bulkhead audit prune` ends what an earlier release left so")
 
 
 async def verify_end(

@@ -181,7 +181,7 @@ async def rotate_key(
 )
 async def revoke_key(key_id: UUID, caller: KeyWriter, database: TheDatabase) -> None:
     """For good and at once: runs in flight of this key are cancelled within a second."""
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=True) as session:
         await service.revoke_key(session, caller, key_id)
 
 
@@ -233,7 +233,7 @@ async def read_issuer(issuer_id: UUID, caller: IssuerReader, database: TheDataba
 )
 async def remove_issuer(issuer_id: UUID, caller: IssuerWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """From the next request on."""
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=True) as session:
         if_match.check(IssuerOut.model_validate(await repository.get_issuer(session, issuer_id)))
         await service.remove_issuer(session, caller, issuer_id)
 

@@ -29,14 +29,18 @@ join users u on u.tenant_id = k.tenant_id and u.id = k.user_id
 join tenants t on t.id = k.tenant_id
 where k.lookup = $1
 """
-# What another process notes now is left to it; where it was later, that stays.
+# Waits for nobody, and tells which keys somebody holds; a use that was noted and is later stays. The lock is the
+# update's own: a run that has just begun holds its key as well, and is not in its way.
 _NOTE_USES: Final = text("""
-with free as (
-    select k.tenant_id, k.id, used.at from unnest(:tenants, :keys, :ats) as used (tenant_id, id, at)
-    join api_keys k on k.tenant_id = used.tenant_id and k.id = used.id for update of k skip locked
+with used as (select * from unnest(:tenants, :keys, :ats) as used (tenant_id, id, at)), free as (
+    select k.tenant_id, k.id, used.at from used
+    join api_keys k on k.tenant_id = used.tenant_id and k.id = used.id for no key update of k skip locked
+), noted as (
+    update api_keys k set last_used_at = greatest(k.last_used_at, free.at)
+    from free where k.tenant_id = free.tenant_id and k.id = free.id returning k.id
 )
-update api_keys k set last_used_at = greatest(k.last_used_at, free.at)
-from free where k.tenant_id = free.tenant_id and k.id = free.id
+select k.id from used join api_keys k on k.tenant_id = used.tenant_id and k.id = used.id
+where k.id not in (select id from noted)
 """).bindparams(
     bindparam("tenants", type_=pg.ARRAY(pg.UUID())),
     bindparam("keys", type_=pg.ARRAY(pg.UUID())),
@@ -109,12 +113,12 @@ async def recheck(session: AsyncSession, caller: Caller) -> None:
         raise Unauthenticated
 
 
-async def note_uses(session: AsyncSession, used: Mapping[UUID, tuple[UUID, datetime]]) -> None:
-    """Platform role: when keys, each with its tenant, were used. All in one statement, since where keys are many and
-    each is used now and then, every request would write a row.
+async def note_uses(session: AsyncSession, used: Mapping[UUID, tuple[UUID, datetime]]) -> Sequence[UUID]:
+    """Platform role: when keys, each with its tenant, were used; give those that were held, to be noted again. All in
+    one statement, since where keys are many and each is used now and then, every request would write a row.
     """
     tenants, ats = zip(*used.values(), strict=True)
-    await session.execute(_NOTE_USES, {"keys": list(used), "tenants": tenants, "ats": ats})
+    return (await session.scalars(_NOTE_USES, {"keys": list(used), "tenants": tenants, "ats": ats})).all()
 
 
 async def find_issuer(session: AsyncSession, issuer: str, audiences: Sequence[str]) -> Issuer | None:

@@ -36,6 +36,7 @@ _MAX_KEY_SETS: Final = 1_000
 _MAX_USES: Final = 100_000
 # At the end of the process, for what is counted and not recorded yet.
 _FINISH_S: Final = 5
+_AGAIN_S: Final = 0.2
 _log = structlog.get_logger()
 
 
@@ -195,24 +196,31 @@ class Authenticator:
             await audit.append(session, tenant_id, event)
 
     async def note_uses(self) -> None:
-        """Keep when keys were last used; to be called every few seconds. What fails is tried again."""
+        """Keep when keys were last used; to be called every few seconds. What fails, or is held, is tried again."""
         used, self._used = self._used, {}
         if not used:
             return
         try:
             async with self._platform.transaction() as session:
-                await repository.note_uses(session, used)
+                held = await repository.note_uses(session, used)
         except BaseException:  # cancelled as well
             self._used = used | self._used
             raise
+        self._used = {key_id: used[key_id] for key_id in held} | self._used
+
+    async def _note_all_uses(self) -> None:
+        await self.note_uses()
+        while self._used:  # somebody holds these
+            await asyncio.sleep(_AGAIN_S)
+            await self.note_uses()
 
     async def finish(self) -> None:
         """Record all that is counted, since the process ends; the log tells how many the database does not take."""
         try:
             async with asyncio.timeout(_FINISH_S):
-                await self.note_uses()
                 await self.flush_failures(at_end=True)
                 await self.flush_uses(at_end=True)
+                await self._note_all_uses()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             lost = {"failures": self._failures.untold, "uses": self._uses.untold, "keys": len(self._used)}
             _log.error("audit.counts_lost", error=type(error).__name__, **lost)

@@ -211,7 +211,7 @@ async def engage_switch(body: SwitchIn, caller: Switcher, database: TheDatabase,
         warning = await _aim_warning(session, body)
         return EngagedOut.model_validate(engaged).model_copy(update={"warning": warning})
 
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=True) as session:
         return await once.make(session, caller.tenant_id, make)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
 import cedarpy
@@ -16,6 +14,7 @@ from app.errors import Fault
 from app.policies import cedar_texts, footprint
 from app.policies import rules as cedar_rules
 from app.policies.arguments import check_arguments, check_reading
+from app.policies.callers import PolicyCallers
 from app.policies.cedar_schema import Action, Record, Unrepresentable, project, record_of
 from app.policies.decision import BuiltIn, Decision, Denial
 from app.policies.document import PolicyDocument, PolicyInvalid
@@ -29,9 +28,6 @@ from app.policies.tool_schema import ArgumentSchema, Schema, expand, prepare, si
 __all__ = ["CompiledPolicy", "Decision", "PinnedTool", "ToolRequest", "compile_policy"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MAX_CALLERS: Final = 1_000
-# All of them hold the names of all tools: about 0.2 KB for each.
-_MAX_NAMES: Final = 100_000
 # All servers together: with these and 500 rules a policy compiles in seconds.
 MAX_TOOLS: Final = 1_024
 MAX_SCHEMA_VALUES: Final = 25_000
@@ -76,14 +72,6 @@ class _Tool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Caller:
-    """What the rules know of a caller: the rules that mean it, and itself with all that it is in."""
-
-    meant_by: int
-    entities: cedarpy.Entities
-
-
-@dataclass(frozen=True, slots=True)
 class CompiledPolicy:
     """A policy against the tools pinned for it: parsed once, asked often, never changed."""
 
@@ -91,7 +79,7 @@ class CompiledPolicy:
     _index: RuleIndex = field(repr=False)
     _policies: cedarpy.PolicySet = field(repr=False)
     _schema: cedarpy.Schema = field(repr=False)
-    _caller: Callable[[str, str], _Caller] = field(repr=False)
+    _caller: PolicyCallers = field(repr=False)
     # All that decide, those that globs stand for too: to be explained by, never to decide.
     rules: tuple[Rule, ...] = field(repr=False, default=())
     # About as many bytes of memory, with the document and the tools.
@@ -230,31 +218,12 @@ def _compiled(
         tool.name: _Tool(tool, schemas[tool.name][1], records[tool.name], covering[tool.name], costs[tool.name])
         for tool in tools
     }
-    callers = _callers(document, index, schema, tools=len(tools))
+    callers = PolicyCallers(document, index, schema, tools=len(tools))
     text = cedar_texts.policies(rules)
     definitions = [(*tool.texts, schemas[tool.name][0]) for tool in tools]
     values = document.model_dump(), definitions, [rule.statement for rule in rules]
     weight = footprint.of_policy(*values, tools=len(tools), schema=len(schema_text), policies=len(text))
     return CompiledPolicy(made, index, cedar_texts.read_policies(text), schema, callers, tuple(rules), weight)
-
-
-def _callers(
-    document: PolicyDocument, index: RuleIndex, schema: cedarpy.Schema, *, tools: int
-) -> Callable[[str, str], _Caller]:
-    """Callers by user id and role, the latest kept."""
-
-    @lru_cache(maxsize=min(_MAX_CALLERS, _MAX_NAMES // max(1, tools)))
-    def caller(user_id: str, role: str) -> _Caller:
-        groups = [("Role", role), *((cedar_rules.OVERRIDE, str(n)) for n in document.meant_for(user_id, role))]
-        user = {
-            "uid": {"type": "User", "id": user_id},
-            "attrs": {},
-            "parents": [{"type": kind, "id": name} for kind, name in groups],
-        }
-        meant_by = index.meaning(frozenset({("User", user_id), *groups}))
-        return _Caller(meant_by, cedarpy.Entities.from_json_str(json.dumps([user]), schema))
-
-    return caller
 
 
 def _tool_faults(document: PolicyDocument, tools: Sequence[PinnedTool]) -> Iterator[Fault]:

@@ -6,6 +6,7 @@ lost one is made again by the next sweep.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Final
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.limits.queue import TooManyRuns
 from app.platform_db import PlatformDatabase
+from app.runs.grace import Grace
 from app.telemetry import metrics
 
 # Workers ask for runs that are left so often; after a run that could not begin was put off, a sweep leaves it so long.
@@ -80,10 +82,16 @@ where tenant_id = :tenant_id and id = :run_id and state = 'queued'
 _IS_SWEPT: Final = text("select pg_try_advisory_xact_lock(hashtextextended('bulkhead_sweep', 0))")
 # Its job has gone: the worker died before the run was its own, or it was queued again.
 _FORGET_LOST: Final = text("""
-update runs r set deferred_at = null
-where state = 'queued' and deferred_at is not null and not exists (
-    select from bulkhead_jobs.procrastinate_jobs j where j.queueing_lock = r.id::text and j.status in ('todo', 'doing')
+with lost as materialized (
+    -- One that somebody holds, who may have stalled, is left to the next sweep, and nobody else's runs wait for it.
+    select tenant_id, id from runs r
+    where state = 'queued' and deferred_at is not null and not exists (
+        select from bulkhead_jobs.procrastinate_jobs j
+        where j.queueing_lock = r.id::text and j.status in ('todo', 'doing')
+    )
+    for no key update skip locked
 )
+update runs r set deferred_at = null from lost where r.tenant_id = lost.tenant_id and r.id = lost.id
 """)
 # Each has been let in once already. Its lease is what says that it is dead, whoever may still be doing its job.
 # Materialized: no job is made on the way to finding whether there is one.
@@ -155,14 +163,16 @@ class Dispatch:
         seconds = min(times, _MOST_TIMES) * _PUT_OFF_S
         await session.execute(_PUT_OFF, {"tenant_id": tenant_id, "run_id": run_id, "seconds": seconds})
 
-    async def sweep(self, session: AsyncSession, *, with_dead: bool = True) -> int:
-        """Platform role: jobs for whatever has none and should, and how many; `with_dead` also for what dead processes
-        have left. One process at a time.
+    async def sweep(self, session: AsyncSession, *, grace: Grace | None = None) -> int:
+        """Platform role: jobs for whatever has none and should, and how many; also for what dead processes have left,
+        once the `grace` is over. One process at a time, in a transaction of which this is the beginning.
         """
-        if not await session.scalar(_IS_SWEPT):
+        with nullcontext() if grace is None else grace.asking():
+            is_ours = await session.scalar(_IS_SWEPT)
+        if not is_ours:
             return 0
         await session.execute(_FORGET_LOST)
-        made = (await session.scalar(_DEFER_DEAD) or 0) if with_dead else 0
+        made = (await session.scalar(_DEFER_DEAD) or 0) if grace is None or grace.is_over else 0
         for tenant_id in (await session.scalars(_TENANTS)).all():
             made += await self.promote(session, tenant_id, is_patient=True)
         return made

@@ -24,7 +24,7 @@ from app.runs.lifecycle import observing
 from app.runs.lifecycle.closing import Closing
 from app.runs.lifecycle.opening import Opened, Opening, Question
 from app.runs.lifecycle.queued import Unclaimed
-from app.runs.state import DATABASE_FAILED, DATABASE_LOST, GIVEN_BACK, WAITING, Ending, StopCause
+from app.runs.state import DATABASE_FAILED, DATABASE_LOST, GIVEN_BACK, INTERRUPTED, WAITING, Ending, StopCause
 from app.telemetry.metrics import count_run
 
 __all__ = ["Answered", "Question", "RunService", "Submitted", "Worked"]
@@ -36,10 +36,13 @@ _PAUSES_S: Final = (0.5, 1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A run and how it ended, after that has been committed; WAITING is no ending."""
+    """A run and how it ended, after that has been committed; WAITING is no ending. One that was not ours any more ends,
+    and counts, elsewhere.
+    """
 
     run: RunContext
     ending: Ending
+    is_ours: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +126,15 @@ class RunService:
                 begin=partial(self._opening.begin, caller, policy, question, verdict),
             ) as opened:
                 self._begun[question.run_id].set_result(None)
-                answered = Answered(opened.run, opened.denied or await self._carry_out(opened))
+                answered = await self._answered(opened)
             observing.answered(span, answered.run, answered.ending)
         return answered
+
+    async def _answered(self, opened: Opened) -> Answered:
+        if opened.denied is not None:
+            return Answered(opened.run, opened.denied)
+        ending = await self._carry_out(opened)
+        return Answered(opened.run, ending, is_ours=ending is not INTERRUPTED)
 
     async def _carry_out(self, opened: Opened) -> Ending:
         """Execute a run that has begun, and record what became of it."""
@@ -198,9 +207,9 @@ class RunService:
         with observing.answering(
             run.caller, run.policy, run_id=run.run_id, conversation_id=run.conversation_id, query=opened.query
         ) as span:
-            ending = opened.denied or await self._carry_out(opened)
-            observing.answered(span, run, ending)
-        return Answered(run, ending)
+            answered = await self._answered(opened)
+            observing.answered(span, run, answered.ending)
+        return answered
 
     def stop(self, run_id: UUID, cause: StopCause) -> None:
         """Interrupt a run of this process; nothing happens where it has ended."""
@@ -232,6 +241,6 @@ def _count(began: float, answering: asyncio.Task[Answered]) -> None:
     """In the metrics, once its end is recorded; what kept it from being so is told to the caller."""
     if not answering.cancelled() and answering.exception() is None:
         run, ending = answering.result().run, answering.result().ending
-        if ending in {WAITING, GIVEN_BACK}:
+        if ending in {WAITING, GIVEN_BACK} or not answering.result().is_ours:
             return
         count_run(run.caller.tenant_id, ending.state.value, ending.code, seconds=time.monotonic() - began)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack
 from typing import Final
 from uuid import UUID
 
@@ -23,6 +23,7 @@ from app.runs import repository
 from app.runs.agent.executor import Executor
 from app.runs.events import log as events
 from app.runs.events.log import EventKind
+from app.runs.grace import Grace
 from app.runs.lifecycle import recording
 from app.runs.lifecycle.budgets import tallies
 from app.runs.lifecycle.stops import read_orders
@@ -46,34 +47,6 @@ select t.id, t.generation,
 from tenants t
 where t.id = any(:tenants)
 """)
-
-
-class Grace:
-    """Whether a lease that is over says that its process is dead. After the database was away it does not, before
-    everybody has had time to renew theirs.
-    """
-
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
-        self._ends = float("-inf")
-
-    @property
-    def is_over(self) -> bool:
-        """True where leases are to be believed."""
-        return time.monotonic() >= self._ends
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """The block asks the database, which answers soon where it is there; the grace counts from its first answer."""
-        began = time.monotonic()
-        try:
-            yield
-        except BaseException:
-            self._ends = float("inf")
-            raise
-        now = time.monotonic()
-        if now - began > self._lease_s / 3 or self._ends == float("inf"):
-            self._ends = now + self._lease_s
 
 
 class Watch:
@@ -104,6 +77,7 @@ class Watch:
 
     async def keep(self) -> None:
         """Go on until cancelled; a database that does not answer is asked again."""
+        self.grace.begin()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._again(self._look, every_s=self._every_s))
             group.create_task(self._again(self.reap, every_s=_REAP_EVERY_S))
@@ -163,8 +137,9 @@ class Watch:
         with self.grace.asking():
             async with self._platform.transaction() as session:
                 tenants = await repository.tenants_left(session, **self._until)
-        for tenant_id in tenants if self.grace.is_over else ():
-            await self._reap_of(tenant_id)
+        for tenant_id in tenants:
+            if self.grace.is_over:
+                await self._reap_of(tenant_id)
 
     async def _reap_of(self, tenant_id: UUID) -> None:
         """Each tenant's by themselves: an account that somebody holds keeps no other's runs from their end."""
@@ -181,8 +156,13 @@ class Watch:
             count_run(tenant_id, State.INTERRUPTED.value, INTERRUPTED.code)
 
     async def _interrupt(self, tenant_id: UUID) -> Sequence[Interrupted]:
-        async with self._platform.transaction() as session:
-            await session.execute(_IMPATIENTLY)
+        async with AsyncExitStack() as stack:
+            # From the first answer on no lease runs out: by the database's clock a transaction is one moment.
+            with self.grace.asking():
+                session = await stack.enter_async_context(self._platform.transaction())
+                await session.execute(_IMPATIENTLY)
+            if not self.grace.is_over:
+                return ()
             interrupted = await repository.interrupt_expired(session, tenant_id, **self._until)
             for ended in interrupted:
                 await audit.append(session, tenant_id, *_endings(ended))

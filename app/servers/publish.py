@@ -54,13 +54,15 @@ async def prepare(
     caps: Caps,
     caller: Caller,
     version: int,
+    *,
+    is_stop: bool = False,
 ) -> Prepared:
     """Check a version against its servers' tools. Raise NotFound, PolicyInvalid, PublishUnderWay, WritableRefused,
     and what starting a server raises.
 
     No session is held while the servers start; the version cannot change meanwhile, since versions never do.
     """
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=is_stop) as session:
         text = (await versions.get(session, version)).document
         holding = await versions.read_published(session)
     async with servers.listing(caller.tenant_id):  # one at a time, since each may take seconds of a processor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import sys
 import time
@@ -13,10 +14,11 @@ from typing import Final
 from uuid import UUID
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app.audit import chain, stored
+from app.audit import chain, heads, stored
 from app.audit.chain import Head
 from app.audit.exported import read_heads
 from app.audit.heads import HeadFile
@@ -432,6 +434,30 @@ async def test_one_of_them_writes_in_each_round_and_another_once_it_is_gone(grou
     finally:
         for task in keeping:
             await end(task)
+
+
+async def test_who_finds_the_file_locked_gives_the_round_up_as_failed(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tenant_id = tmp_path / "heads", await ground.sealed(1)
+    monkeypatch.setattr(heads, "_PATIENCE_S", 0.2)
+    file, before = exporting(ground, path), _failed()
+    file.check()
+    with path.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        task = asyncio.create_task(file.export())
+        has_ended = bool((await asyncio.wait({task}, timeout=5))[0])
+        if has_ended:
+            with pytest.raises(ConfigurationError, match="another process has locked it"):
+                file.check()
+    await task
+    assert (has_ended, _failed() - before, tenant_id in read(path)) == (True, 1, False)
+    await file.export()
+    assert tenant_id in read(path), "the control"
+
+
+def _failed() -> float:
+    return REGISTRY.get_sample_value("bulkhead_audit_heads_exported_total", {"result": "failed"}) or 0
 
 
 async def test_a_file_that_was_moved_away_is_begun_anew_with_the_newest_head_of_all(

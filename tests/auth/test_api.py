@@ -9,13 +9,14 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import text
 
+from app.auth import repository
 from app.auth.jwks import DevelopmentIssuer
 from tests.auth.forgery import Issuer, ec_jwk
 from tests.outbound.origin import Origin, serving
@@ -179,6 +180,26 @@ async def test_when_keys_were_used_is_kept_until_the_database_has_it(service: Se
         await noting
     await authenticator.note_uses()
     assert (await listed(tenant, key["id"]))["last_used_at"] is not None
+
+
+async def test_no_use_of_a_key_is_lost_to_who_holds_its_row(service: Service, tenant: Tenant) -> None:
+    """Not even as the process ends; and a run that has just begun with a key holds nothing up."""
+    held, begun = await new_key(tenant), await new_key(tenant)
+    authenticator, platform = service.app.state.authenticator, service.app.state.platform
+    async with platform.transaction() as holding:
+        for key, lock in ((held, "for update"), (begun, "for key share")):
+            await status(service, key["key"])
+            await holding.execute(text(f"select from api_keys where id = :id {lock}"), {"id": UUID(key["id"])})
+        await authenticator.note_uses()
+        ending = asyncio.create_task(authenticator.finish())
+        assert not (await asyncio.wait({ending}, timeout=0.5))[0], "it tries again"
+        noted = [(await listed(tenant, key["id"]))["last_used_at"] is not None for key in (held, begun)]
+        assert noted == [False, True]
+    await ending
+    assert (await listed(tenant, held["id"]))["last_used_at"] is not None
+    async with platform.transaction() as session:
+        of_none = {uuid4(): (UUID(tenant.id), datetime.now(UTC))}
+        assert await repository.note_uses(session, of_none) == [], "what is gone is not kept for ever"
 
 
 async def test_a_key_is_for_a_user_of_the_tenant(service: Service, tenant: Tenant) -> None:

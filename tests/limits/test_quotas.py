@@ -47,6 +47,7 @@ async def metered(
     folder = tmp_path_factory.mktemp("quotas")
     settings: dict[str, Any] = {"model_retries": 1, "model_timeout_s": 1, "run_lease_s": 600, "model_prices": PRICES}
     async with running_service(databases, folder, model=model.endpoint, **settings) as service:
+        service.believe_leases()
         yield service
 
 

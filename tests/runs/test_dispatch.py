@@ -305,6 +305,19 @@ async def test_a_background_run_of_a_dead_process_gets_a_job_whatever_else_its_t
     assert await ground.jobs() == before, "and only one"
 
 
+async def test_a_queued_run_that_somebody_holds_keeps_no_other_from_its_job(ground: QueueGround) -> None:
+    """As a process that has stalled in the middle does."""
+    customer, other = await ground.customer(), await ground.customer()
+    (held,), waits = await queued(ground, customer, 1), await ground.add(other)
+    await ground.lose(held)
+    async with ground.app.transaction(customer.id) as session:
+        await session.execute(text("select from runs where id = :id for update"), {"id": held})
+        await asyncio.wait_for(ground.sweep(), 5)
+        assert await has_job(ground, held, waits) == [False, True]
+    await ground.sweep()
+    assert await has_job(ground, held) == [True]
+
+
 async def test_every_tenant_is_swept(ground: QueueGround) -> None:
     runs = [await ground.add(await ground.customer()) for _ in range(5)]
     await ground.sweep()

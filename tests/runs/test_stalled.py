@@ -1,10 +1,10 @@
-"""What a process that has stalled holds of one tenant keeps only that one waiting, and not for ever."""
+"""What a process that has stalled holds of one tenant keeps only that one waiting, not for ever, and no stop of it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.db import Database, alone, create_engine
 from app.limits.repository import lock
 from app.runs import repository
+from tests.auth.forgery import Issuer
 from tests.runs.approvals.waiting import caller_of
 from tests.runs.lifecycle.test_taking_up import waits_for_another
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
@@ -24,8 +25,12 @@ from tests.slow_model import SlowModel, slow_model
 # Of one tenant, and more than there are connections.
 MANY: Final = 5
 POOL: Final = 4
+# Of these, what one tenant's transactions have: one is for its stops, one for others.
+USUAL: Final = 2
 # Less than a transaction waits for a connection.
 _SOON_S: Final = 9
+_STOP_S: Final = 3
+_NO_SERVERS: Final = "schema: bulkhead/1\nmodel: {use: default}\n"
 
 
 @dataclass(slots=True)
@@ -86,13 +91,47 @@ async def test_queries_that_wait_for_a_publisher_that_has_stalled_keep_no_other_
     assert 200 in [answer.status_code for answer in await asyncio.gather(*waiting)]
 
 
-async def test_runs_that_cannot_be_settled_keep_no_other_tenant_from_its_own(site: Site) -> None:
-    flying = await asyncio.gather(*(site.in_flight(site.held, f"to settle {number}") for number in range(MANY)))
+async def test_runs_that_cannot_be_settled_keep_no_other_tenant_from_its_own_and_no_stop_waiting(site: Site) -> None:
+    _, user, key = await site.service.new_user(site.held.id)
+    switch = {"scope": "tool", "target": "docs__list_directory", "reason": "x"}
+    unwanted = await site.in_flight(site.held, "to cancel")
+    (running,) = (await site.held.user.get("/v1/runs", params={"state": "running"})).json()["items"]
+    flying = await asyncio.gather(*(site.in_flight(site.held, f"to settle {number}") for number in range(1, MANY)))
     site.model.turns["beside"].released.set()
     async with site.stalled() as session:
         await lock(session, UUID(site.held.id))
-        for number in range(MANY):
+        for number in range(1, MANY):
             site.model.turns[f"to settle {number}"].released.set()
-        await site.waiting(POOL - 1)
+        await site.waiting(USUAL)
+        stops = [
+            await asyncio.wait_for(stopping, _STOP_S)
+            for stopping in (
+                site.held.admin.post("/v1/switches", json=switch),
+                site.held.user.post(f"/v1/runs/{running['run_id']}/cancel"),
+                site.held.admin.delete(f"/v1/keys/{key['id']}"),
+                site.held.admin.post(f"/v1/users/{user['id']}/disable"),
+            )
+        ]
+        assert [stop.status_code for stop in stops] == [201, 202, 204, 204]
         assert (await asyncio.wait_for(site.other.user.ask("beside"), _SOON_S)).status_code == 200
-    assert [answer.status_code for answer in await asyncio.gather(*flying)] == [200] * MANY
+    assert [answer.status_code for answer in await asyncio.gather(*flying)] == [200] * (MANY - 1)
+    assert (await unwanted).json()["code"] == "cancelled"
+
+
+@pytest.mark.parametrize("path", ["publish", "rollback"])
+async def test_a_publish_that_ends_runs_and_the_end_of_trust_in_an_issuer_do_not_wait_for_the_usual_share(
+    site: Site, path: str
+) -> None:
+    admin = (tenant := await site.service.new_tenant(policy=_NO_SERVERS)).admin
+    issuer = await admin.make("/v1/issuers", json={"issuer": "https://issuer.example", "jwks": Issuer().jwks})
+    version = await admin.publish(_NO_SERVERS + "# anew\n")
+    place = "/v1/policies/rollback" if path == "rollback" else f"/v1/policies/{version}/publish"
+    async with AsyncExitStack() as stack:
+        for _ in range(USUAL):
+            await stack.enter_async_context(site.service.app.state.database.transaction(UUID(tenant.id)))
+        async with asyncio.timeout(_STOP_S):
+            assert (await admin.post(place, json={"revoke_running": True})).status_code == 200
+            assert (await admin.delete(f"/v1/issuers/{issuer['id']}")).status_code == 204
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await admin.post(place, json={})

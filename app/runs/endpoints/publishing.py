@@ -119,9 +119,9 @@ async def publish_policy(
     body: PublishIn = PublishIn(),
 ) -> PublishedOut:
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=body.revoke_running) as session:
         await once.replay(session, caller.tenant_id)
-    prepared = await _prepare(request, database, caller, version)
+    prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running)
     return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=False)
 
 
@@ -139,10 +139,10 @@ async def roll_back_policy(
     body: RollbackIn = RollbackIn(),
 ) -> PublishedOut:
     """With the same checks as publishing, against the tools that its servers have now."""
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=body.revoke_running) as session:
         await once.replay(session, caller.tenant_id)
         version = await versions.held_before(session, body.to)
-    prepared = await _prepare(request, database, caller, version)
+    prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running)
     return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=True)
 
 
@@ -158,10 +158,12 @@ async def read_published(
     return tagged(response, HoldingOut.model_validate(found))
 
 
-async def _prepare(request: Request, database: TheDatabase, caller: Caller, version: int) -> Prepared:
+async def _prepare(
+    request: Request, database: TheDatabase, caller: Caller, version: int, *, is_stop: bool = False
+) -> Prepared:
     state = request.app.state
     return await publishing.prepare(
-        database, state.servers, state.workspaces, state.catalogue, state.caps, caller, version
+        database, state.servers, state.workspaces, state.catalogue, state.caps, caller, version, is_stop=is_stop
     )
 
 
@@ -188,7 +190,7 @@ async def _hold(
             revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
         return PublishedOut(version=prepared.version, revoked_runs=revoked, warnings=list(prepared.warnings))
 
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=asked.revoke_running) as session:
         return await once.make(session, caller.tenant_id, hold, status=200)
 
 

@@ -80,30 +80,44 @@ class Closing:
 
     async def give_back(self, run: RunContext, *, has_died: bool = False, is_put_off: bool = False) -> Ending:
         """Queue the run again: its process ends, the database has failed it, which counts as if that `has_died`, or has
-        gone away; then it `is_put_off`, for twice as long each time that it was taken up.
+        gone away; then it `is_put_off`, for twice as long each time that it was taken up. Where it
+        was stopped, it ends.
         """
         async with self._database.transaction(run.caller.tenant_id) as session:
-            if not await repository.give_back(session, run, has_died=has_died):
-                return INTERRUPTED
-            await self._journal.flush(session, run)
-            await repository.count_calls(session, run.run_id)
-            await audit.append(session, run.caller.tenant_id, recording.returned(run))
-            run.events.emit(EventKind.RUN_QUEUED, {"attempt": run.attempt})
-            await run.events.write(session, attempt=run.attempt)
-            if is_put_off:
-                times = 2 ** min(run.attempt - 1, _DOUBLINGS)
-                await self._dispatch.put_off(session, run.caller.tenant_id, run.run_id, times=times)
-            else:
-                await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
-            await self._budgets.settle(session, run, goes_on=True)
+            await approvals.lock_run(session, run.run_id)  # a cancel comes before it, or finds a run that is queued
+            (orders,) = await read_orders(session, [run.run_id])
+            if orders.stop is None:
+                if not await repository.give_back(session, run, has_died=has_died):
+                    return INTERRUPTED
+                await self._journal.flush(session, run)
+                await self._queue(session, run, is_put_off=is_put_off)
+                await self._budgets.settle(session, run, goes_on=True)
+        if orders.stop is not None:
+            return await self.finish(run, cancelled(orders.stop), orders.stop)
         return GIVEN_BACK
+
+    async def _queue(self, session: AsyncSession, run: RunContext, *, is_put_off: bool) -> None:
+        """Tell that it is queued, and see to it that it is taken up."""
+        await repository.count_calls(session, run.run_id)
+        await audit.append(session, run.caller.tenant_id, recording.returned(run))
+        run.events.emit(EventKind.RUN_QUEUED, {"attempt": run.attempt})
+        await run.events.write(session, attempt=run.attempt)
+        if is_put_off:
+            times = 2 ** min(run.attempt - 1, _DOUBLINGS)
+            await self._dispatch.put_off(session, run.caller.tenant_id, run.run_id, times=times)
+        else:
+            await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
 
     async def order_cancel(self, caller: Caller, run_id: UUID, *, user_id: UUID | None) -> None:
         """End a run that nobody executes, or order its process to stop it. Raise NotFound; Conflict where it ended."""
         cause = StopCause.USER
-        async with self._database.transaction(caller.tenant_id) as session:
+        async with self._database.transaction(caller.tenant_id, is_stop=True) as session:
             if await repository.find(session, run_id, user_id=user_id) is None:
                 raise NotFound
+            if await repository.order_cancel(session, caller, cause, run_id=run_id):
+                return
+        # What nobody executes is settled here, which may wait, and acts on nothing meanwhile.
+        async with self._database.transaction(caller.tenant_id) as session:
             run = await repository.cancel_idle(session, run_id, cause)
             if run is None:
                 if await repository.order_cancel(session, caller, cause, run_id=run_id):

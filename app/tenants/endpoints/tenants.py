@@ -249,7 +249,7 @@ async def change_user(
 )
 async def disable_user(user_id: UUID, caller: UserWriter, database: TheDatabase, if_match: TheIfMatch) -> None:
     """All credentials are refused at once, runs in flight cancelled within a second. The last admin stays."""
-    async with database.transaction(caller.tenant_id) as session:
+    async with database.transaction(caller.tenant_id, is_stop=True) as session:
         await check_user(session, caller, user_id, if_match)
         await service.set_user_active(session, caller.tenant_id, user_id, is_active=False, actor_id=caller.user_id)
 

@@ -179,6 +179,7 @@ async def test_who_follows_is_told_what_went_wrong_before_the_end(
 ) -> None:
     run_id = str(run.run_id)
     if dies:
+        service.believe_leases()
         await sql(service, run, _LAPSE.replace("background", "interactive"))
         await service.app.state.watch.reap()
     else:

@@ -21,7 +21,7 @@ from app.runs.lifecycle.journal import Journal
 from app.runs.lifecycle.opening import Opened
 from app.runs.models import Run
 from app.runs.service import RunService, Worked
-from app.runs.state import Ending, State
+from app.runs.state import Ending, State, StopCause
 from app.worker import Worker
 from tests.runs.approvals.waiting import caller_of
 from tests.runs.lifecycle.test_taking_up import begun, sql
@@ -87,6 +87,23 @@ async def test_the_lease_of_a_run_holds_while_its_end_waits_to_be_recorded(
     assert service.app.state.executor.held == frozenset()
 
 
+async def test_a_run_that_was_stopped_before_its_process_gives_it_back_ends(service: Service, run: RunContext) -> None:
+    """As where the connection was lost over which the stop would have been found."""
+    closing: Closing = service.app.state.runs._closing
+    run.is_durable = True
+    await sql(service, run, "update runs set kind = 'background' where id = :id")
+    await closing.order_cancel(run.caller, run.run_id, user_id=None)
+    ending = await closing.give_back(run, is_put_off=True)
+    assert (ending.state, ending.cause) == (State.CANCELLED, StopCause.USER)
+    assert await told_of(service, run) == [(1, "run.started"), (2, "run.finished")]
+
+
+async def told_of(service: Service, run: RunContext) -> list[tuple[int, str]]:
+    async with service.app.state.database.transaction(run.caller.tenant_id) as session:
+        told = select(RunEvent.sequence, RunEvent.type).where(RunEvent.run_id == run.run_id)
+        return [(row.sequence, row.type) for row in await session.execute(told.order_by(RunEvent.sequence))]
+
+
 async def lease(service: Service, run: RunContext) -> Any:
     async with service.app.state.database.transaction(run.caller.tenant_id) as session:
         return await session.scalar(select(Run.lease_until).where(Run.id == run.run_id))
@@ -117,11 +134,7 @@ async def test_a_change_that_is_undone_is_not_told_and_its_number_is_the_next_on
                 await run.events.write(session, attempt=run.attempt)
                 if has_failed:
                     raise ConnectionError
-    async with service.app.state.database.transaction(run.caller.tenant_id) as session:
-        told = await session.execute(
-            select(RunEvent.sequence, RunEvent.type).where(RunEvent.run_id == run.run_id).order_by(RunEvent.sequence)
-        )
-        assert [tuple(row) for row in told] == [(1, "run.started"), (2, "usage"), (3, "run.queued")]
+    assert await told_of(service, run) == [(1, "run.started"), (2, "usage"), (3, "run.queued")]
 
 
 async def test_runs_that_need_the_same_agent_at_once_have_it_made_once_and_a_stop_waits_for_none(

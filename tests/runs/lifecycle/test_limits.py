@@ -21,6 +21,7 @@ from tests.runs.faults import (
     journal,
     running_run,
 )
+from tests.runs.lifecycle.test_taking_up import interruptions
 from tests.service import DEFAULT_MODEL_POLICY, Databases, Service, Tenant, running_service
 
 STRICT = DEFAULT_MODEL_POLICY + "input: {preset: strict}\n"
@@ -36,6 +37,7 @@ async def limited(
     settings: dict[str, Any] = {"run_lease_s": 600, "client_grace_s": 0.2, "model_retries": 0}
     folder = tmp_path_factory.mktemp("limited")
     async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
+        service.believe_leases()
         yield service
 
 
@@ -186,7 +188,7 @@ async def test_a_run_goes_on_within_the_grace_of_its_client(
 async def test_a_run_whose_lease_ran_out_is_interrupted_for_good(
     limited: Service, patient: Tenant, model: ScriptedModel
 ) -> None:
-    calls = await journal(limited, patient)
+    calls, counted = await journal(limited, patient), interruptions()
     model.state.scenarios.add(Delay(6))
     model.calls("docs__read_file", path="note.md")
     asking = asyncio.create_task(patient.user.ask("Take your time."))
@@ -198,6 +200,7 @@ async def test_a_run_whose_lease_ran_out_is_interrupted_for_good(
     await assert_ended(patient, answer, status=503, state="interrupted", code="interrupted")
     assert answer.json()["run_id"] == run_id
     assert await journal(limited, patient) == calls
+    assert interruptions() == counted + 1, "by who has ended it, not by its process as well"
     await assert_next_works(patient)
 
 

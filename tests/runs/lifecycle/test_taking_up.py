@@ -192,6 +192,7 @@ async def test_who_stalls_with_the_account_of_a_tenant_keeps_nobody_from_renewin
     state, stranger = service.app.state, await service.new_tenant()
     other = await begun(service, await caller_of(service, stranger, stranger.user_id))
     await sql(service, run, "update runs set kind = 'interactive' where id = :id")
+    service.believe_leases()
     counted = interruptions()
     async with state.database.transaction(run.caller.tenant_id) as stalled, asyncio.timeout(8):
         await lock(stalled, run.caller.tenant_id)
