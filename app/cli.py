@@ -9,9 +9,7 @@ if __name__ == "__main__":
     # The imports take most of a second: Ctrl-C meanwhile just ends the process, without their traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # They drop next to nothing; to look through all that they have made again and again took a sixth of their time.
-    # What outlives one look is looked at after five and, with all that is there, after fifteen: after Python's 110 it
-    # had grown by 25 MB in 100,000 queries, as servers came and went.
-    gc.set_threshold(100_000, 5, 2)
+    gc.set_threshold(100_000)
 
 import asyncio
 import os

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -173,3 +174,13 @@ async def _check_schema(platform: PlatformDatabase) -> None:
         found = await session.scalar(text("select 1 from tenants where id = :id"), {"id": PLATFORM_TENANT})
     if found is None:
         raise ConfigurationError("The platform has no admin yet: run `bulkhead admin bootstrap` as the owner role.")
+
+
+def settle_collector() -> None:
+    """For a process that has begun: what is there stays, and no collection stops everybody to look through it.
+
+    What outlives a look is looked at again after six, and all that has come since after eighteen. With Python's eleven
+    and 121 a process had grown by 25 MB in 100,000 queries, of what tool servers left that came and went.
+    """
+    gc.freeze()
+    gc.set_threshold(gc.get_threshold()[0], 5, 2)

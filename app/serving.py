@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ from typing import Final
 import structlog
 from starlette.datastructures import State
 
+from app import lifetime
 from app.db import DatabaseUrls
 from app.edge import bounds
 from app.exposure import is_beyond_loopback
@@ -57,7 +57,7 @@ async def serving(
             from app.worker import at_work  # noqa: PLC0415  another engine and driver, which only a worker loads
 
             await stack.enter_async_context(at_work(app.state, urls, drain_s=drain_s))
-        gc.freeze()  # what is there now stays, and no collection stops everybody to look through it
+        lifetime.settle_collector()
         yield server
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -296,7 +295,7 @@ async def working(
         listening(app, listener, drain_s=1, bounds=bounds(settings)),
         at_work(app.state, urls, drain_s=settings.drain_s) as task,
     ):
-        gc.freeze()  # as in app/serving.py
+        lifetime.settle_collector()
         yield task
 
 

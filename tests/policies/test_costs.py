@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 from uuid import UUID
 
@@ -78,20 +78,27 @@ def test_shorter_queries_may_be_searched_for_more() -> None:
     assert len(screening(max_length=LONGEST, flag=["(?i)salary", "a.*b"]).flag) == 2
 
 
-def test_the_worst_patterns_that_are_allowed_end_within_a_second() -> None:
+def test_the_worst_patterns_that_are_allowed_take_a_fraction_of_the_worst() -> None:
+    """A second, about, where the worst takes five; in one run, since machines differ, and the quickest of three."""
     allowed = InputRules(preset="off", max_length=len(WIDE), block=(WORST_ALLOWED,))
-    started = time.thread_time()
-    assert screen(QUARTER, allowed)
-    taken = (time.thread_time() - started) * len(WIDE) / len(QUARTER)
-    assert 0.05 < taken < 1, "if it were quicker, it would not be the worst"
-
-
-def test_without_the_bound_the_worst_takes_seconds() -> None:
-    """The control, on a fiftieth of the longest query."""
     worst = compile_pattern(WORST)
+    assert screen(QUARTER, allowed)
+    rounds = [
+        (
+            _thread_s(lambda: screen(QUARTER, allowed)) * len(WIDE) / len(QUARTER),
+            _thread_s(lambda: worst.search("ab" * (LONGEST // 100))) * 50,
+        )
+        for _ in range(3)
+    ]
+    taken, without_the_bound = map(min, zip(*rounds, strict=True))
+    assert taken > 0.05, "if it were quicker, it would not be the worst"
+    assert taken < without_the_bound / 4
+
+
+def _thread_s(work: Callable[[], object]) -> float:
     started = time.thread_time()
-    worst.search("ab" * (LONGEST // 100))
-    assert (time.thread_time() - started) * 50 > 1.5
+    work()
+    return time.thread_time() - started
 
 
 async def turns_during(work: Coroutine[Any, Any, object]) -> int:
