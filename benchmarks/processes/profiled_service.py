@@ -17,7 +17,7 @@ from typing import Final
 
 import greenlet  # type: ignore[import-untyped]  # it ships no types
 
-from app import cli
+from benchmarks.processes import as_bulkhead
 
 _EVERY_S: Final = 0.001  # the kernel makes it its tick where that is longer
 _Stack = tuple[str, ...]
@@ -42,8 +42,7 @@ def main(samples: Path) -> None:
 
     for number, handler in ((signal.SIGPROF, note), (signal.SIGUSR1, begin), (signal.SIGUSR2, end)):
         signal.signal(number, handler)
-    sys.argv = ["bulkhead", "up"]
-    cli.main()
+    as_bulkhead.up()
 
 
 def _places(frame: FrameType | None) -> Iterator[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import cli
+from benchmarks.processes import as_bulkhead
 
 
 def main() -> None:
@@ -20,8 +18,7 @@ def main() -> None:
         for method in methods:
             setattr(kind, method, lambda self, *_args, **_labels: self)
     Instrumentator.instrument = lambda self, *_args, **_options: self  # type: ignore[method-assign]  # the point of it
-    sys.argv = ["bulkhead", "up"]
-    cli.main()
+    as_bulkhead.up()
 
 
 if __name__ == "__main__":
