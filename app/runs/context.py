@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from app.runs.state import INTERRUPTED, STEP_LIMIT, TOOL_LIMIT, Outcome, RunEnde
 UNKNOWN_TOOL: Final = "(unknown)"
 _T = TypeVar("_T")
 _SETTLE_S: Final = 5.0
+_LOOK_S: Final = 0.05
 _UNDECIDED: Final = Decision(allowed=False, rule=BuiltIn.NOT_DECIDED, reason="")
 
 
@@ -69,7 +71,8 @@ class RunContext:
     make calls, `calling` those among them that wait for a server. With an `index` the model has to search for tools,
     and sees those that it has `found`. `messages` are the model's own, as JSON, of which the first `written` are in the
     journal; of a run that `is_durable` they go there with the next commit, so that another process can take it up.
-    `attempt` is its claim's number: whoever has a later one owns the run.
+    `attempt` is its claim's number: whoever has a later one owns the run. Until `leased_until`, on this process' clock,
+    nobody else takes it for dead.
     """
 
     run_id: UUID
@@ -80,6 +83,7 @@ class RunContext:
     events: EventLog = field(repr=False)
     conversation_id: UUID | None = None
     attempt: int = 1
+    leased_until: float = math.inf
     is_durable: bool = False
     messages: list[str] = field(default_factory=list, repr=False)
     written: int = 0
@@ -101,6 +105,13 @@ class RunContext:
     def waiting(self) -> list[Call]:
         """The calls that wait for somebody's approval."""
         return [call for call in self.calls if call.decision.needs_approval]
+
+    async def until_leased(self) -> None:
+        """Before what no commit fences: a process that has stalled for longer waits until the lease is renewed, or it
+        is told that the run is not its own any more, and ends it.
+        """
+        while time.monotonic() >= self.leased_until:  # noqa: ASYNC110  it is over, or was moved: no event tells of both
+            await asyncio.sleep(_LOOK_S)
 
     @contextmanager
     def writing(self) -> Iterator[Sequence[Call]]:

@@ -206,8 +206,8 @@ async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, 
     return len(stopped)
 
 
-async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]], *, lease_s: float) -> int:
-    """Platform role: say that the process of these runs (run, attempt) lives; give for how many that was said.
+async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]], *, lease_s: float) -> set[UUID]:
+    """Platform role: say that the process of these runs (run, attempt) lives; give those of which that was said.
 
     Not for one that a transaction holds: a process that stalls in it would keep all others from being renewed.
     """
@@ -216,7 +216,7 @@ async def renew_leases(session: AsyncSession, claims: Sequence[tuple[UUID, int]]
     is_free = and_(Run.tenant_id == free.c.tenant_id, Run.id == free.c.id)
     statement = update(Run).where(is_free).values(lease_until=_lease(lease_s)).returning(Run.id)
     renewed = await session.scalars(statement.execution_options(synchronize_session=False))
-    return len(renewed.all())
+    return set(renewed.all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,6 @@ class Watch:
         self._every_s = every_s
         self._lease_s = lease_s
         self._until = {"attempts": attempts, "claim_s": claim_s}
-        self._renewed = float("-inf")
         self.grace = Grace(lease_s)
 
     async def keep(self) -> None:
@@ -94,19 +93,20 @@ class Watch:
 
     async def _look(self) -> None:
         """Over the runs of this process, and its servers."""
-        now = time.monotonic()
-        if now - self._renewed >= self._lease_s / 3 and await self._renew():
-            self._renewed = now
+        await self._renew()
         await self._stop_ordered()
         await self._end_outdated()
 
-    async def _renew(self) -> bool:
-        """Whether that was said of all; what somebody has just locked is soon tried again."""
-        claims = list(self._executor.held)
-        if not claims:
-            return True
+    async def _renew(self) -> None:
+        """All leases, once a third of one is over; what somebody has just locked is soon tried again."""
+        now, held = time.monotonic(), self._executor.held
+        if all(run.leased_until - now > self._lease_s * 2 / 3 for run in held.values()):
+            return
         async with self._platform.transaction() as session:
-            return await repository.renew_leases(session, claims, lease_s=self._lease_s) == len(claims)
+            renewed = await repository.renew_leases(session, list(held), lease_s=self._lease_s)
+        for run in held.values():
+            if run.run_id in renewed:
+                run.leased_until = now + self._lease_s
 
     async def _stop_ordered(self) -> None:
         flights = self._executor.in_flight()

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.db import Database, alone, create_engine
 from app.limits.repository import lock
 from app.runs import repository
+from app.runs.state import Outcome
 from tests.auth.forgery import Issuer
 from tests.runs.approvals.waiting import caller_of
 from tests.runs.lifecycle.test_taking_up import waits_for_another
@@ -135,3 +136,23 @@ async def test_a_publish_that_ends_runs_and_the_end_of_trust_in_an_issuer_do_not
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await admin.post(place, json={})
+
+
+async def test_who_has_stalled_for_longer_than_a_lease_asks_no_model_before_it_is_renewed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have taken the run for dead, and let another one have its place."""
+    state = site.service.app.state
+    asking = await site.in_flight(site.other, "stalls")
+    (run,) = state.executor.in_flight().values()
+    with monkeypatch.context() as patched:
+        patched.setattr(state.watch, "_renew", lambda: asyncio.sleep(0))
+        await asyncio.sleep(0.5)  # a renewal that was under way is over
+        asked, run.leased_until = len(site.model.prompts), 0.0
+        site.model.turns["stalls"].released.set()
+        await asyncio.wait({asking}, timeout=0.5)
+        assert not asking.done()
+        assert len(site.model.prompts) == asked
+        assert [call.outcome for call in run.calls] == [Outcome.SUCCEEDED] * 2, "the control: it came so far"
+    assert (await asyncio.wait_for(asking, 5)).status_code == 200
+    assert len(site.model.prompts) == asked + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -97,7 +97,7 @@ class Executor:
         self._places = asyncio.Semaphore(_MADE_AT_ONCE)
         self._making: set[asyncio.Task[_Shared]] = set()
         self._flights: dict[UUID, _Flight] = {}
-        self._held: set[_Claim] = set()
+        self._held: dict[_Claim, RunContext] = {}
 
     async def execute(self, run: RunContext, opened: Opened) -> tuple[Ending, StopCause | None]:
         """Run to the end, whatever it is, and say how it ended and, if it was stopped, why.
@@ -235,16 +235,16 @@ class Executor:
     def holding(self, run: RunContext) -> Iterator[None]:
         """Have the run's lease renewed for the block, so also while its end is being recorded."""
         claim = run.run_id, run.attempt
-        self._held.add(claim)
+        self._held[claim] = run
         try:
             yield
         finally:
-            self._held.discard(claim)
+            del self._held[claim]
 
     @property
-    def held(self) -> Collection[tuple[UUID, int]]:
-        """The runs (run, attempt) whose leases are this process's to renew."""
-        return frozenset(self._held)
+    def held(self) -> Mapping[tuple[UUID, int], RunContext]:
+        """The runs, by run and attempt, whose leases are this process's to renew."""
+        return dict(self._held)
 
     def in_flight(self) -> Mapping[UUID, RunContext]:
         """The runs that this process executes now."""

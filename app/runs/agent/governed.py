@@ -154,7 +154,9 @@ class GovernedChat(ChatOpenAI):
         try:
             with observing.turn(run, self.model_name, messages) as span:
                 deltas = run.events.deltas(run.model_turns) if run.events.is_live else None
-                completion = await send(endpoint, run.meter, payload, headers=self._trace(), deltas=deltas)
+                completion = await send(
+                    endpoint, run.meter, payload, headers=self._trace(), deltas=deltas, ready=run.until_leased
+                )
                 result = self._create_chat_result(completion)
                 message = result.generations[0].message
                 observing.note_turn(span, message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -57,11 +57,13 @@ async def send(
     *,
     headers: Mapping[str, str] = _NONE,
     deltas: Deltas | None = None,
+    ready: Callable[[], Awaitable[None]] | None = None,
 ) -> Any:
     """POST a chat completion, again where that may help, and give what was answered, which may be anything.
 
-    With `deltas` its text is told as it comes. Raise httpx.HTTPError, ValueError for what is no JSON or no stream of a
-    completion, UnicodeEncodeError for what cannot be sent, and what ends the run.
+    With `deltas` its text is told as it comes; `ready` is awaited before each attempt. Raise httpx.HTTPError,
+    ValueError for what is no JSON or no stream of a completion, UnicodeEncodeError for what cannot be sent, and what
+    ends the run.
     """
     if meter.is_bounded:
         payload["max_completion_tokens"] = min(payload.get("max_completion_tokens", 1 << 31), MAX_OUTPUT_TOKENS)
@@ -69,6 +71,8 @@ async def send(
     most = Tokens(len(body), MAX_OUTPUT_TOKENS)
     for attempt in range(endpoint.retries + 1):
         await meter.charge(most)
+        if ready is not None:
+            await ready()
         try:
             request = endpoint.request(body, headers)
             return await (_whole(endpoint, request) if deltas is None else _streamed(endpoint, request, deltas))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -331,6 +332,7 @@ class Opening:
             content_key=known.user_key,
             hash_key=known.tenant_key,
             events=events,
+            leased_until=time.monotonic() + self._lease_s,
             is_durable=is_durable,
         )
 

@@ -223,9 +223,9 @@ async def test_who_stalls_with_a_run_keeps_no_other_from_being_renewed(service: 
     async with state.database.transaction(run.caller.tenant_id) as stalled, asyncio.timeout(5):
         await stalled.execute(select(Run.id).where(Run.id == run.run_id).with_for_update())
         async with state.platform.transaction() as session:
-            assert await repository.renew_leases(session, claims, lease_s=600) == 1
+            assert await repository.renew_leases(session, claims, lease_s=600) == {other.run_id}
     async with state.platform.transaction() as session:
-        assert await repository.renew_leases(session, claims, lease_s=600) == 2
+        assert await repository.renew_leases(session, claims, lease_s=600) == {run.run_id, other.run_id}
 
 
 async def reserved(service: Service, run: RunContext) -> int:
