@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -79,12 +80,13 @@ async def test_the_lease_of_a_run_holds_while_its_end_waits_to_be_recorded(
     async with asyncio.timeout(10):
         await is_closing.wait()
         await sql(service, run, _NEARLY_OVER)
-        before = await lease(service, run)
+        before, run.leased_until = await lease(service, run), 0.0
         await service.app.state.watch._renew()
         assert await lease(service, run) > before
+        assert run.leased_until > time.monotonic()
         may_close.set()
         assert (await carrying).state is State.SUCCEEDED
-    assert service.app.state.executor.held == frozenset()
+    assert service.app.state.executor.held == {}
 
 
 async def test_a_run_that_was_stopped_before_its_process_gives_it_back_ends(service: Service, run: RunContext) -> None:
