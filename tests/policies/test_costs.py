@@ -79,7 +79,9 @@ def test_shorter_queries_may_be_searched_for_more() -> None:
 
 
 def test_the_worst_patterns_that_are_allowed_take_a_fraction_of_the_worst() -> None:
-    """A second, about, where the worst takes five; in one run, since machines differ, and the quickest of three."""
+    """A fifth or a sixth of it where nothing else runs, and a second, about; in one run, since machines differ, and the
+    quickest of three. Less than half is asked for: who shares a core has either of them take longer.
+    """
     allowed = InputRules(preset="off", max_length=len(WIDE), block=(WORST_ALLOWED,))
     worst = compile_pattern(WORST)
     assert screen(QUARTER, allowed)
@@ -92,7 +94,7 @@ def test_the_worst_patterns_that_are_allowed_take_a_fraction_of_the_worst() -> N
     ]
     taken, without_the_bound = map(min, zip(*rounds, strict=True))
     assert taken > 0.05, "if it were quicker, it would not be the worst"
-    assert taken < without_the_bound / 4
+    assert taken < without_the_bound / 2
 
 
 def _thread_s(work: Callable[[], object]) -> float:
