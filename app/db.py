@@ -31,9 +31,10 @@ from app.writes import session_of
 _PORT: Final = 5432
 # So long a transaction waits for a connection.
 _PATIENCE_S: Final = 10
-# As Postgres ends and as it begins, where it has no connection to give, where a connection has failed, and where
-# somebody has held for too long what was to be locked.
-_AWAY: Final = ("57P01", "57P02", "57P03", "53300", "55P03", "08")
+# Somebody has held for too long what was to be locked.
+_HELD: Final = "55P03"
+# As Postgres ends and as it begins, where it has no connection to give, and where a connection has failed.
+_AWAY: Final = ("57P01", "57P02", "57P03", "53300", _HELD, "08")
 # We have stalled in a transaction, and it has ended that.
 _STALLED: Final = "25P03"
 # It takes no writes: it was the primary before another became that.
@@ -241,6 +242,11 @@ def is_away(error: BaseException) -> bool:
         state = _state(error.orig)
         return (error.connection_invalidated and state != _STALLED) or state.startswith(_AWAY)
     return isinstance(error, PoolTimeout)
+
+
+def is_held(error: BaseException) -> bool:
+    """Whether it is that alone: somebody held a lock for longer than the transaction was to wait for it."""
+    return isinstance(error, DBAPIError) and _state(error.orig) == _HELD
 
 
 def connections(engine: AsyncEngine) -> tuple[int, int]:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import secrets
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import httpx
 from fastapi import FastAPI
@@ -149,8 +151,16 @@ class Service:
         return Tenant(tenant_id, admin, user, row["id"], key["id"], key["key"])
 
     def believe_leases(self) -> None:
-        """As a process does that has been up for longer than a lease."""
-        self.app.state.watch.grace = Grace(0)
+        """As a process does that has been up for longer than a lease, of which no answer here takes a third."""
+        self.app.state.watch.grace = grace = Grace(600)
+        grace._ends = time.monotonic()
+
+    async def end_servers(self, tenant: Tenant) -> None:
+        """End those of the tenant that nobody uses, as time does: whoever asks next starts one."""
+        pool = self.app.state.pool
+        pool.end_outdated(UUID(tenant.id), None)
+        if pool._closing:
+            await asyncio.wait({*pool._closing})
 
     def server_journal(self, tenant: Tenant, server: str = "docs") -> list[str]:
         """The lines that a tool server has written to its stderr: its own journal."""

@@ -39,6 +39,9 @@ join runs r on r.tenant_id = b.tenant_id and r.id = b.run_id
 where r.state <> 'running'
 """)
 
+_IDLE: Final = (State.QUEUED, State.WAITING_APPROVAL)
+_OPEN: Final = (*_IDLE, State.RUNNING)
+
 # By the database's clock.
 _ADD: Final = insert_into(
     Run.table(),
@@ -183,22 +186,23 @@ async def fail_queued(session: AsyncSession, run_id: UUID) -> bool:
 
 async def cancel_idle(session: AsyncSession, run_id: UUID, cause: StopCause) -> Run | None:
     """End a run that nobody executes, and give it, or None where somebody does or it has ended."""
-    idle = Run.state.in_([State.QUEUED, State.WAITING_APPROVAL])
+    idle = Run.state.in_(_IDLE)
     values = {"state": State.CANCELLED, "code": "cancelled", "cancel_cause": cause, "finished_at": func.now()}
     ends = update(Run).where(Run.id == run_id, idle).values(**values, deferred_at=None).returning(Run)
     return await session.scalar(ends.execution_options(populate_existing=True))
 
 
 async def order_cancel(session: AsyncSession, caller: Caller, cause: StopCause, *, run_id: UUID | None = None) -> int:
-    """Order the tenant's running runs, or one of them, to stop, each on the record; give how many there were."""
+    """Order the tenant's running runs to stop, or one of them that has not ended, each on the record; give how many
+    there were that nobody had ordered to.
+    """
+    which = Run.state == State.RUNNING if run_id is None else and_(Run.id == run_id, Run.state.in_(_OPEN))
     statement = (
         update(Run)
-        .where(Run.tenant_id == caller.tenant_id, Run.state == State.RUNNING, Run.cancel_cause.is_(None))
+        .where(Run.tenant_id == caller.tenant_id, which, Run.cancel_cause.is_(None))
         .values(cancel_cause=cause)
         .returning(Run.id)
     )
-    if run_id is not None:
-        statement = statement.where(Run.id == run_id)
     stopped = (await session.scalars(statement)).all()
     kind, data = EventType.RUN_CANCEL_ORDERED, {"cause": cause}
     events = [Event(kind, actor_id=caller.user_id, run_id=stopped_id, data=data) for stopped_id in stopped]

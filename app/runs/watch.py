@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 from uuid import UUID
 
 import structlog
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
 from app.audit.events import Event, EventType
@@ -97,22 +98,28 @@ class Watch:
         await self._stop_ordered()
         await self._end_outdated()
 
+    @asynccontextmanager
+    async def _looking(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that waits for nobody's locks: where it is late, others may not have renewed their leases."""
+        with self.grace.asking_again():
+            async with self._platform.transaction() as session:
+                yield session
+
     async def _renew(self) -> None:
         """All leases, once a third of one is over; what somebody has just locked is soon tried again."""
         now, held = time.monotonic(), self._executor.held
         if all(run.leased_until - now > self._lease_s * 2 / 3 for run in held.values()):
             return
-        async with self._platform.transaction() as session:
+        async with self._looking() as session:
             renewed = await repository.renew_leases(session, list(held), lease_s=self._lease_s)
         for run in held.values():
             if run.run_id in renewed:
                 run.leased_until = now + self._lease_s
 
     async def _stop_ordered(self) -> None:
+        """Asked where there are none, too: the answer says whether the database is there."""
         flights = self._executor.in_flight()
-        if not flights:
-            return
-        async with self._platform.transaction() as session:
+        async with self._looking() as session:
             all_orders = await read_orders(session, list(flights))
         for orders in all_orders:
             if orders.stop is not None:
@@ -127,7 +134,7 @@ class Watch:
         tenants = self._pool.tenants()
         if not tenants:
             return
-        async with self._platform.transaction() as session:
+        async with self._looking() as session:
             rows = await session.execute(_GENERATIONS, {"tenants": list(tenants), "platform": PLATFORM_TENANT})
         for tenant_id, generation, is_stopped in rows.all():
             self._pool.end_outdated(tenant_id, None if is_stopped else generation)

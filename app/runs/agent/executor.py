@@ -212,6 +212,7 @@ class Executor:
                 call.sandbox_hash = live.sandbox_hash
                 own = {IDEMPOTENCY_KEY: f"{run.run_id}:{call.turn}:{call.position}"}
                 whom = _on_behalf(run)
+                await run.until_leased()  # the decision's commit, or the server, may have been long in coming
                 return await live.call(name, call.arguments, timeout_s=self._tool_timeout_s, whom=whom, meta=own)
         except SandboxUnavailable as error:
             detail = f"{error.detail} `bulkhead sandbox probe` and /readyz tell the operator what would help."

@@ -72,7 +72,7 @@ async def send(
     for attempt in range(endpoint.retries + 1):
         await meter.charge(most)
         if ready is not None:
-            await ready()
+            await _until(ready, meter)
         try:
             request = endpoint.request(body, headers)
             return await (_whole(endpoint, request) if deltas is None else _streamed(endpoint, request, deltas))
@@ -83,6 +83,15 @@ async def send(
                 raise
         await asyncio.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _until(ready: Callable[[], Awaitable[None]], meter: Meter) -> None:
+    """What ends before that has sent nothing, and is charged nothing."""
+    try:
+        await ready()
+    except BaseException:
+        meter.correct(Tokens())
+        raise
 
 
 async def _whole(endpoint: Endpoint, request: httpx.Request) -> Any:

@@ -22,7 +22,7 @@ _DUE: Final = text("""
 select tenant_id, run_id from approvals where state = 'waiting' and expires_at <= now()
 group by tenant_id, run_id order by random() limit :limit
 """)
-# Whoever asked may ask no more: the run goes on, and so to its end.
+# Whoever asked may ask no more, or has cancelled it as its end had to wait: the run goes on, and so to its end.
 _STOPPED: Final = text("""
 select a.tenant_id, a.run_id from approvals a
 join runs r on r.tenant_id = a.tenant_id and r.id = a.run_id
@@ -30,7 +30,8 @@ join tenants t on t.id = r.tenant_id
 join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
 left join api_keys k on k.tenant_id = r.tenant_id and k.id = r.key_id
 where a.state = 'waiting' and r.state = 'waiting_approval'
-      and (t.status <> 'active' or u.disabled_at is not null or k.revoked_at is not null or k.expires_at <= now())
+      and (t.status <> 'active' or u.disabled_at is not null or k.revoked_at is not null or k.expires_at <= now()
+           or r.cancel_cause is not null)
 group by a.tenant_id, a.run_id order by random() limit :limit
 """)
 _WAITING: Final = text("""
@@ -40,7 +41,7 @@ from approvals where state = 'waiting'
 
 
 async def expire(platform: PlatformDatabase, dispatch: Dispatch, *, limit: int = 100) -> int:
-    """Expire what is due of up to `limit` runs, and void what waits for somebody who may not go on; give how many
+    """Expire what is due of up to `limit` runs, and void what waits of a run that may not go on; give how many
     approvals that were. Any process may.
     """
     ended = 0

@@ -104,7 +104,8 @@ class Case:
         is_over = select(Approval.expires_at <= func.clock_timestamp()).where(Approval.id == self.approval.id)
         if self.approval.state == ApprovalState.EXPIRED:
             raise ApprovalExpired
-        if self.approval.state != ApprovalState.WAITING or self.run.state != State.WAITING_APPROVAL:
+        run_waits = self.run.state == State.WAITING_APPROVAL and self.run.cancel_cause is None
+        if self.approval.state != ApprovalState.WAITING or not run_waits:
             raise ApprovalDecided
         if await self.session.scalar(is_over):
             raise ApprovalExpired

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain, repeat
 from typing import Final
 from uuid import UUID
 
+import structlog
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit import repository as audit
-from app.audit.events import Event, EventType
 from app.caller import Caller
-from app.db import Database
+from app.db import Database, is_away, is_held
 from app.errors import Conflict, NotFound
 from app.runs import contents, repository
 from app.runs.approvals import repository as approvals
@@ -27,8 +32,14 @@ from app.runs.state import GIVEN_BACK, INTERRUPTED, WAITING, Ending, State, Stop
 from app.telemetry.metrics import count_run
 from app.writes import at_end
 
+_log = structlog.get_logger()
 # Of how long a run is put off: to a minute.
 _DOUBLINGS: Final = 5
+# Whoever holds what a stop needs may have stalled, and the other stops of the tenant wait meanwhile: it lets them, and
+# tries again, for longer than a claim waits with the run's row locked.
+_IMPATIENTLY: Final = text("set local lock_timeout = '500ms'")
+_PAUSE_S: Final = 0.5
+_TRIES: Final = 9
 
 
 class Closing:
@@ -109,26 +120,59 @@ class Closing:
             await self._dispatch.defer(session, run.caller.tenant_id, run.run_id)
 
     async def order_cancel(self, caller: Caller, run_id: UUID, *, user_id: UUID | None) -> None:
-        """End a run that nobody executes, or order its process to stop it. Raise NotFound; Conflict where it ended."""
+        """Order a run to end, and end it where nobody executes it. Raise NotFound; Conflict where it has ended, or is
+        being stopped.
+        """
+        is_idle, is_new = await self._order(caller, run_id, user_id)
+        has_ended = is_idle and await self._end_idle(caller.tenant_id, run_id)
+        if not (is_new or has_ended):
+            raise Conflict("The run has ended, or is being cancelled.")
+
+    async def _order(self, caller: Caller, run_id: UUID, user_id: UUID | None) -> tuple[bool, bool]:
+        """Put the order on record, which whoever takes the run up obeys; give whether nobody executes it, and whether
+        the order is new.
+        """
+        for pause_s in chain(repeat(_PAUSE_S, _TRIES), (None,)):
+            try:
+                async with self._stopping(caller.tenant_id) as session:
+                    return await _ordered(session, caller, run_id, user_id)
+            except SQLAlchemyError as error:
+                if pause_s is None or not is_held(error):
+                    raise
+            await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def _end_idle(self, tenant_id: UUID, run_id: UUID) -> bool:
+        """False where somebody holds what that takes, such as the tenant's account, or is faster: the order stands."""
         cause = StopCause.USER
-        async with self._database.transaction(caller.tenant_id, is_stop=True) as session:
-            if await repository.find(session, run_id, user_id=user_id) is None:
-                raise NotFound
-            if await repository.order_cancel(session, caller, cause, run_id=run_id):
-                return
-        # What nobody executes is settled here, which may wait, and acts on nothing meanwhile.
-        async with self._database.transaction(caller.tenant_id) as session:
-            run = await repository.cancel_idle(session, run_id, cause)
-            if run is None:
-                if await repository.order_cancel(session, caller, cause, run_id=run_id):
-                    return
-                run = await repository.cancel_idle(session, run_id, cause)  # it may have come to wait only now
+        try:
+            async with self._stopping(tenant_id) as session:
+                run = await repository.cancel_idle(session, run_id, cause)
                 if run is None:
-                    raise Conflict("The run has ended, or is being cancelled.")
-            ordered = Event(EventType.RUN_CANCEL_ORDERED, actor_id=caller.user_id, run_id=run_id, data={"cause": cause})
-            await audit.append(session, caller.tenant_id, ordered)
-            await idle.ended(session, self._dispatch, run, cancelled(cause))
-        count_run(caller.tenant_id, State.CANCELLED.value, "cancelled")
+                    return False
+                await idle.ended(session, self._dispatch, run, cancelled(cause))
+        except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
+            _log.warning("run.cancelled_later", run_id=str(run_id), error=type(error).__name__)
+            return False
+        count_run(tenant_id, State.CANCELLED.value, "cancelled")
+        return True
+
+    @asynccontextmanager
+    async def _stopping(self, tenant_id: UUID) -> AsyncIterator[AsyncSession]:
+        """A transaction that has a place for stops, and lets no other stop wait for long behind what it waits for."""
+        async with self._database.transaction(tenant_id, is_stop=True) as session:
+            await session.execute(_IMPATIENTLY)
+            yield session
+
+
+async def _ordered(session: AsyncSession, caller: Caller, run_id: UUID, user_id: UUID | None) -> tuple[bool, bool]:
+    if await repository.find(session, run_id, user_id=user_id) is None:
+        raise NotFound
+    run = await approvals.lock_run(session, run_id)  # nobody takes it up, or lets it wait, before the order is there
+    is_idle = run is not None and run.state in {State.QUEUED, State.WAITING_APPROVAL}
+    return is_idle, bool(await repository.order_cancel(session, caller, StopCause.USER, run_id=run_id))
 
 
 async def _leave_unknown(session: AsyncSession, run: RunContext) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -85,13 +85,17 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class _Admitted:
-    """Who asks what, and what a policy says of it; `is_last` where no other one is looked for, should it not hold."""
+    """Who asks what, and what a policy says of it; `is_last` where no other one is looked for, should it not hold.
+
+    `since` is before the transaction that it is for, which may wait for others: the lease counts from its beginning.
+    """
 
     caller: Caller
     policy: ActivePolicy
     query: str
     verdict: Verdict
     is_last: bool = False
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def tenant_id(self) -> UUID:
@@ -332,7 +336,7 @@ class Opening:
             content_key=known.user_key,
             hash_key=known.tenant_key,
             events=events,
-            leased_until=time.monotonic() + self._lease_s,
+            leased_until=admitted.since + self._lease_s,
             is_durable=is_durable,
         )
 

@@ -28,7 +28,10 @@ join users u on u.tenant_id = r.tenant_id and u.id = r.user_id
 join tenants t on t.id = r.tenant_id
 where r.id = :run_id and r.kind = 'background'
 """)
-_LOCKED: Final = text(f"{_QUEUED.text} for update of r")
+# Who cancels it wants its row, and what a claim needs, such as the tenant's account, a stalled process may hold.
+_LOCKED: Final = text(
+    f"select found.*, set_config('lock_timeout', '5s', true) from ({_QUEUED.text} for update of r) found"  # noqa: S608  ours
+)
 
 
 class Unclaimed(Enum):
@@ -55,5 +58,7 @@ async def find(
 
 
 async def lock(session: AsyncSession, run_id: UUID) -> Row[Any]:
-    """The run as it is now, which nobody else changes before the transaction ends."""
+    """The run as it is now, which nobody else changes before the transaction ends; from here on that waits for no lock
+    for longer than five seconds.
+    """
     return (await session.execute(_LOCKED, {"run_id": run_id})).one()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any, Final
 
 import pytest
+from sqlalchemy import text
 
 from app.caller import Caller
-from app.db import new_id
+from app.db import alone, new_id
 from app.limits.queue import Busy
 from app.limits.repository import lock
 from app.policies import versions
@@ -35,6 +37,7 @@ _SPENT: Final = (
     " select tenant_id, (now() at time zone 'UTC')::date, 100, 0, 0 from runs where id = :id"
     " on conflict (tenant_id, day) do update set tokens = budget_days.tokens + 100"
 )
+_LEFT_S: Final = text("select extract(epoch from lease_until - clock_timestamp()) from runs where id = :id")
 
 
 @pytest.fixture
@@ -165,6 +168,27 @@ async def test_a_publish_that_revokes_waits_for_no_other_tenants_runs(service: S
     theirs = await caller_of(service, other, other.user_id)
     async with service.app.state.database.transaction(theirs.tenant_id, among=repository.BEGINNING):
         assert await asyncio.wait_for(revokes(tenant), 20) == 0
+
+
+@pytest.mark.parametrize("is_queued", [True, False])
+async def test_a_run_that_waited_to_begin_is_held_for_leased_no_longer_than_it_is(
+    service: Service, caller: Caller, *, is_queued: bool
+) -> None:
+    """Its lease counts from where the wait began: it is the sooner to be renewed."""
+    found, database = await queued(service, caller) if is_queued else None, service.app.state.database
+    async with database.transaction(caller.tenant_id) as publishing:
+        await alone(publishing, caller.tenant_id, repository.BEGINNING)
+        beginning = asyncio.create_task(begun(service, caller) if found is None else up(service, found))
+        await waits_for_another(service, caller)
+        await asyncio.sleep(0.2)
+    run = await beginning
+    async with database.transaction(caller.tenant_id) as session:
+        left_s = float(await session.scalar(_LEFT_S, {"id": run.run_id}))
+    assert run.leased_until - time.monotonic() < left_s
+
+
+async def up(service: Service, run: RunContext) -> RunContext:
+    return (await claimed(service, run)).run
 
 
 def overtaken(monkeypatch: pytest.MonkeyPatch, tenant: Tenant, policy: str) -> None:
