@@ -147,12 +147,14 @@ async def point(
     *,
     replaces: int | None,
     is_rollback: bool = False,
-) -> None:
+) -> int:
     """Move the pointer, with the tools that the version was compiled against; every cache is stale at commit.
 
-    Raise PolicyChanged where it no longer names `replaces`: what took long to prepare overwrites nothing newer.
+    Give the tenant's generation from then on. Raise PolicyChanged where it no longer names `replaces`: what took long
+    to prepare overwrites nothing newer.
     """
-    await tenants.bump_generation(session, caller.tenant_id)  # first: its lock puts two publishers in an order
+    # First: its lock puts two publishers in an order.
+    generation = await tenants.bump_generation(session, caller.tenant_id)
     before = await published_version(session)
     if before != replaces:
         raise PolicyChanged
@@ -170,6 +172,7 @@ async def point(
     kind = EventType.POLICY_ROLLED_BACK if is_rollback else EventType.POLICY_PUBLISHED
     data = {"before": before, "after": version, "tools": len(tools), "tools_digest": definitions.digest(tools)}
     await audit.append(session, caller.tenant_id, Event(kind, actor_id=caller.user_id, data=data))
+    return generation
 
 
 async def held_before(session: AsyncSession, version: int | None) -> int:

@@ -107,6 +107,7 @@ class LiveServer:
         self._plain: ClientSession | None = None
         self._session: CallbackClientSession | None = None
         self._listed_at = float("-inf")
+        self.comparing = asyncio.Lock()
         self._stop = asyncio.Event()
         self._owner: asyncio.Task[None] | None = None
         self._measuring: asyncio.Task[None] | None = None
@@ -245,7 +246,11 @@ class LiveServer:
     async def _hear(self, message: object) -> None:
         """Of all that a server may say by itself, that its tools have changed is worth a question."""
         if isinstance(message, ServerNotification) and isinstance(message.root, ToolListChangedNotification):
-            self._listed_at = float("-inf")
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Let its tools be asked for again before they are next called."""
+        self._listed_at = float("-inf")
 
     async def listed_anew(self, *, max_age_s: float) -> Sequence[Tool] | None:
         """Its tools, where the last list is older or no longer holds; None where that list will do.

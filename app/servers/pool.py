@@ -7,47 +7,25 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass
 from uuid import UUID
 
 import structlog
 
 from app.servers import observing
 from app.servers.backoff import Backoff
+from app.servers.entries import Entry, ServerKey, State
 from app.servers.errors import ServerFailed, ServerUnavailable
 from app.servers.live import LiveServer
-from app.servers.places import Ask, Places, Shares
+from app.servers.places import Places, Shares
 from app.servers.usage import Usage
 from app.telemetry import traces
 from app.telemetry.metrics import CRASH_LOOPS, LIVE_SERVERS, SERVER_DEATHS, SERVER_STARTS
-from app.telemetry.traces import NOTHING, Span
 
 Start = Callable[[], Awaitable[LiveServer]]
-State = Literal["starting", "live", "idle", "ending", "waiting"]
 _log = structlog.get_logger()
 _CLOSE_S = 30
 _MAX_ENDED_RUNS = 10_000  # what still asks for a run that has ended is seconds late, not thousands of runs
-
-
-@dataclass(frozen=True, slots=True)
-class ServerKey:
-    """What a live server is shared by; nothing wider than a tenant and a published policy.
-
-    With a `user_id` it is that user's alone, with a `run_id` that run's, whose user is named too.
-    """
-
-    tenant_id: UUID
-    policy_version: int
-    server: str
-    template: str
-    user_id: UUID | None = None
-    run_id: UUID | None = None
-
-    @property
-    def failing(self) -> ServerKey:
-        """What failures are counted by: no run comes twice."""
-        return replace(self, run_id=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,61 +47,6 @@ async def _tell_nobody(_key: ServerKey, _failures: int, _wait_s: int) -> None:
     return
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """`starting` waits for the place that `ask` asks for, and then starts the server."""
-
-    key: ServerKey
-    ask: Ask
-    starting: asyncio.Task[LiveServer]
-    users: int = 0
-    generation: int = 0
-    start: Span = NOTHING
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
-    since: float = field(default_factory=time.monotonic)
-    last_used: float = field(default_factory=time.monotonic)
-
-    @property
-    def has_place(self) -> bool:
-        return self.ask.granted.done() and not self.ask.granted.cancelled()
-
-    @property
-    def server(self) -> LiveServer | None:
-        """The server, once it has started and unless it could not."""
-        has_failed = not self.starting.done() or self.starting.cancelled() or self.starting.exception()
-        return None if has_failed else self.starting.result()
-
-    @property
-    def is_lendable(self) -> bool:
-        return not self.starting.done() or (self.server is not None and self.server.is_healthy)
-
-    @property
-    def is_unused(self) -> bool:
-        """Nobody uses it now; a run may still count on its own server's memory."""
-        return self.users == 0 and self.starting.done()
-
-    @property
-    def is_spare(self) -> bool:
-        """Nobody uses it and nobody counts on its memory."""
-        return self.is_unused and (self.key.run_id is None or not self.is_lendable)
-
-    def join(self) -> None:
-        self.users += 1
-        self.unused.clear()
-
-    def leave(self) -> None:
-        self.users -= 1
-        self.last_used = time.monotonic()
-        if self.users == 0:
-            self.unused.set()
-
-    @property
-    def state(self) -> State:
-        if not self.starting.done():
-            return "starting"
-        return "live" if self.users or self.key.run_id else "idle"
-
-
 class ServerPool:
     """All live servers of this process: at most `maximum`, `per_tenant` of one tenant, those being ended included.
 
@@ -135,9 +58,11 @@ class ServerPool:
         self, *, maximum: int, idle_s: float, per_tenant: int | None = None, on_looping: Looping = _tell_nobody
     ) -> None:
         self._idle_s = idle_s
-        self._entries: dict[ServerKey, _Entry] = {}
-        self._closing: dict[asyncio.Task[None], _Entry] = {}
+        self._entries: dict[ServerKey, Entry] = {}
+        self._kept: set[Entry] = set()  # of publishes
+        self._closing: dict[asyncio.Task[None], Entry] = {}
         self._telling: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._ended_runs: dict[UUID, None] = {}  # in the order of their ends
         self._taken: set[ServerKey] = set()  # from runs that go on
         self._places = Places(Shares(maximum, per_tenant or maximum))
@@ -161,7 +86,7 @@ class ServerPool:
             entry.leave()
             self._settle(entry)
 
-    def _claim(self, key: ServerKey, start: Start) -> _Entry:
+    def _claim(self, key: ServerKey, start: Start) -> Entry:
         entry = self._entries.get(key)
         if entry is not None and not entry.is_lendable:
             self._drop(entry)
@@ -192,7 +117,7 @@ class ServerPool:
                 headers={"Retry-After": str(seconds)},
             )
 
-    async def _started(self, entry: _Entry, wait_s: float) -> LiveServer:
+    async def _started(self, entry: Entry, wait_s: float) -> LiveServer:
         await asyncio.wait({entry.ask.granted}, timeout=wait_s)
         if not entry.has_place:
             raise ServerUnavailable("All places for tool servers are in use.")
@@ -202,7 +127,7 @@ class ServerPool:
             traces.current().link(entry.start)  # of whoever asks first, or at the same time
         return server
 
-    def _begin(self, key: ServerKey, start: Start) -> _Entry:
+    def _begin(self, key: ServerKey, start: Start) -> Entry:
         ask = self._places.ask(key.tenant_id)
 
         async def begin() -> LiveServer:
@@ -218,21 +143,24 @@ class ServerPool:
             return server
 
         # A task of its own: the first asker may be cancelled while others wait for the same server.
-        entry = _Entry(key, ask, asyncio.create_task(begin(), name=f"start {key.server}"))
+        entry = Entry(key, ask, asyncio.create_task(begin(), name=f"start {key.server}"))
         self._entries[key] = entry
         entry.starting.add_done_callback(lambda _: self._settle(entry))
         return entry
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """What has failed goes, and so does a wait that everyone has given up; what is spare may make room."""
         is_given_up = entry.users == 0 and not entry.has_place
         if is_given_up or not entry.is_lendable:
             self._drop(entry)
         self._make_room()
 
+    def _all(self) -> Sequence[Entry]:
+        return [*self._entries.values(), *self._kept]
+
     def _make_room(self) -> None:
         """End as many unused servers as those who wait need beyond what is ending anyway."""
-        unused = [entry for entry in self._entries.values() if entry.is_unused]
+        unused = [entry for entry in self._all() if entry.is_unused]
         waiting = list(self._places.waiting)
         if not unused or not waiting:
             return
@@ -250,25 +178,28 @@ class ServerPool:
             else:
                 return
 
-    def _take(self, entry: _Entry) -> None:
+    def _take(self, entry: Entry) -> None:
         """Drop it; the run whose it is, if any, gets no other for it."""
         if not entry.is_spare:
             self._taken.add(entry.key)
             _log.warning("server.taken_from_run", tenant_id=str(entry.key.tenant_id), server=entry.key.server)
         self._drop(entry)
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
         """Lend the entry to nobody else; its server ends once its last user is gone. Safe to repeat."""
-        if self._entries.get(entry.key) is not entry:
+        if entry in self._kept:
+            self._kept.discard(entry)
+        elif self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+            self._count_failure(entry)
+            self._places.withdraw(entry.ask)
+        else:
             return
-        del self._entries[entry.key]
-        self._count_failure(entry)
-        self._places.withdraw(entry.ask)
         task = asyncio.create_task(self._close(entry), name=f"close {entry.key.server}")
         self._closing[task] = entry
         task.add_done_callback(self._closing.pop)
 
-    def _count_failure(self, entry: _Entry) -> None:
+    def _count_failure(self, entry: Entry) -> None:
         """A server that failed to start, or ended by itself; not one that we would or could not start."""
         if not entry.starting.done() or entry.starting.cancelled():
             return
@@ -295,7 +226,7 @@ class ServerPool:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _close(self, entry: _Entry) -> None:
+    async def _close(self, entry: Entry) -> None:
         await asyncio.wait({entry.starting})
         if entry.users:
             await entry.unused.wait()
@@ -309,6 +240,41 @@ class ServerPool:
                 LIVE_SERVERS.labels(entry.key.template).dec()
             if entry.has_place:
                 self._places.give_back(entry.key.tenant_id)
+
+    def keep(self, key: ServerKey, server: LiveServer, *, generation: int) -> Entry | None:
+        """Take over what was started elsewhere and is not to be lent yet, in a place that is free now, if one is.
+
+        Like all that nobody uses, it ends for those who wait for a place, and by a change after `generation`.
+        """
+        if self._is_closed:
+            return None
+        ask = self._places.ask(key.tenant_id)
+        if not ask.granted.done():
+            self._places.withdraw(ask)
+            return None
+        starting: asyncio.Future[LiveServer] = asyncio.get_running_loop().create_future()
+        starting.set_result(server)
+        entry = Entry(key, ask, starting, generation=generation)
+        LIVE_SERVERS.labels(key.template).inc()
+        self._kept.add(entry)
+        return entry
+
+    def lend_kept(self, entry: Entry) -> None:
+        """From now on, in the place of one of that key which nobody uses; if it has not been ended meanwhile."""
+        before = self._entries.get(entry.key)
+        is_free = before is None or before.is_spare
+        if entry not in self._kept or not entry.is_lendable or not is_free:
+            return
+        if before is not None:
+            self._drop(before)
+        self._kept.discard(entry)
+        self._entries[entry.key] = entry
+        SERVER_STARTS.labels(entry.key.template, "started").inc()
+
+    def end_kept(self, entry: Entry) -> None:
+        """End it, unless it is lent or has been ended."""
+        if entry in self._kept:
+            self._drop(entry)
 
     def begin_run(self, run_id: UUID) -> None:
         """Let this run have servers of its own, though it was over here before: it goes on, after it has waited."""
@@ -325,18 +291,18 @@ class ServerPool:
 
     def tenants(self) -> set[UUID]:
         """Those that have servers."""
-        return {key.tenant_id for key in self._entries}
+        return {entry.key.tenant_id for entry in self._all()}
 
     def end_outdated(self, tenant_id: UUID, generation: int | None) -> None:
         """End those that nobody uses and nobody has used since the tenant's last change; None: all of them."""
-        for entry in [entry for entry in self._entries.values() if entry.key.tenant_id == tenant_id]:
+        for entry in [entry for entry in self._all() if entry.key.tenant_id == tenant_id]:
             if entry.is_spare and (generation is None or entry.generation < generation):
                 self._drop(entry)
 
     def statuses(self, tenant_id: UUID) -> Sequence[ServerStatus]:
         """A tenant's servers: those that are there and those that wait after failures."""
         now = time.monotonic()
-        there: list[tuple[_Entry, State]] = [(entry, entry.state) for entry in self._entries.values()]
+        there: list[tuple[Entry, State]] = [(entry, entry.state) for entry in self._all()]
         there += [(entry, "ending") for entry in self._closing.values() if entry.server is not None]
         found = [
             self._status(entry.key, state, now - entry.since, entry.server)
@@ -353,7 +319,7 @@ class ServerPool:
 
     async def measure(self, tenant_id: UUID | None = None) -> None:
         """Bring the usage of all servers up to date, or of one tenant's."""
-        for entry in list(self._entries.values()):
+        for entry in self._all():
             if entry.server is not None and tenant_id in (None, entry.key.tenant_id):
                 await entry.server.measure()
 
@@ -368,7 +334,8 @@ class ServerPool:
 
     async def close(self) -> None:
         """End every server and wait until all are gone; runs that still use one have been cancelled before."""
-        for entry in list(self._entries.values()):
+        self._is_closed = True
+        for entry in self._all():
             if not entry.starting.done():
                 entry.starting.cancel()
             self._drop(entry)
@@ -377,19 +344,19 @@ class ServerPool:
             await asyncio.wait(pending, timeout=_CLOSE_S)
 
 
-def _victim(unused: Sequence[_Entry], waiting: Sequence[UUID], shares: Shares) -> _Entry | None:
+def _victim(unused: Sequence[Entry], waiting: Sequence[UUID], shares: Shares) -> Entry | None:
     """What is spare before what a run counts on; of the tenant that holds most, what has not been used for longest.
 
     A tenant at its bound helps itself only. A run gives way only to a tenant that will not hold more than its own.
     """
     fewest = min((shares.held[tenant] for tenant in waiting if shares.held[tenant] < shares.per_tenant), default=None)
 
-    def helps(entry: _Entry) -> bool:
+    def helps(entry: Entry) -> bool:
         if fewest is None:
             return entry.is_spare and entry.key.tenant_id in waiting
         return entry.is_spare or shares.held[entry.key.tenant_id] > fewest + 1
 
-    def order(entry: _Entry) -> tuple[bool, int, float]:
+    def order(entry: Entry) -> tuple[bool, int, float]:
         return not entry.is_spare, -shares.held[entry.key.tenant_id], entry.last_used
 
     return min(filter(helps, unused), key=order, default=None)

@@ -26,6 +26,7 @@ from app.servers.quarantine import ToolsChanged
 from app.servers.starting import Borrower
 from app.servers.templates import template_of
 from app.servers.tenant_servers import TenantServers
+from app.servers.trial import Trial
 from app.tenants.volumes import WritableRefused
 from app.tenants.workspaces import WorkspaceStore
 
@@ -56,9 +57,11 @@ async def prepare(
     version: int,
     *,
     is_stop: bool = False,
+    trial: Trial | None = None,
 ) -> Prepared:
-    """Check a version against its servers' tools. Raise NotFound, PolicyInvalid, PublishUnderWay, WritableRefused,
-    and what starting a server raises.
+    """Check a version against its servers' tools; `trial` keeps what is started for it.
+
+    Raise NotFound, PolicyInvalid, PublishUnderWay, WritableRefused, and what starting a server raises.
 
     No session is held while the servers start; the version cannot change meanwhile, since versions never do.
     """
@@ -70,7 +73,7 @@ async def prepare(
         await _check_writable(workspaces, document)
         faults = catalogue.faults(document.model.use, document.model.name) + caps.faults(document)
         faults += pricing.faults(document, catalogue, caps)
-        tools = await _list_tools(servers, caller, document, faults)
+        tools = await _list_tools(servers, caller, document, faults, trial)
         try:
             await to_thread.run_sync(compile_policy, document, tools)
         except PolicyInvalid as error:
@@ -93,16 +96,20 @@ async def hold(
     *,
     accepts_changes: bool = False,
     is_rollback: bool = False,
-) -> None:
-    """Make it the version that holds. Raise PolicyChanged, ToolsChanged, BacktestRequired, TooManyFlips."""
+) -> int:
+    """Make it the version that holds, and give the tenant's generation from then on.
+
+    Raise PolicyChanged, ToolsChanged, BacktestRequired, TooManyFlips.
+    """
     version, tools, replaces = prepared.version, prepared.tools, prepared.replaces
     # It locks the tenant, so that what is asked of the record afterwards is asked of what holds until the commit.
-    await versions.point(session, caller, version, tools, replaces=replaces, is_rollback=is_rollback)
+    generation = await versions.point(session, caller, version, tools, replaces=replaces, is_rollback=is_rollback)
     await checks.store(session, caller, version, tools)
     await quarantine.supersede(session, caller)
     if prepared.changes and not accepts_changes:
         raise ToolsChanged(_said(prepared.changes), extra={"changes": [asdict(change) for change in prepared.changes]})
     await demand(session, prepared)
+    return generation
 
 
 def _said(changes: Sequence[Change]) -> str:
@@ -129,14 +136,18 @@ async def _check_writable(workspaces: WorkspaceStore, document: PolicyDocument) 
 
 
 async def _list_tools(
-    servers: TenantServers, caller: Caller, document: PolicyDocument, faults: Sequence[Fault]
+    servers: TenantServers,
+    caller: Caller,
+    document: PolicyDocument,
+    faults: Sequence[Fault],
+    trial: Trial | None,
 ) -> list[PinnedTool]:
     """Of all servers, so that all which do not start are told at once, with the faults that are known already."""
     tools: list[PinnedTool] = []
     failed: dict[str, ServerUnavailable] = {}
     for name, declared in document.servers.items():
         try:
-            tools += await servers.list_tools(Borrower(caller.tenant_id, caller.user_id), name, declared)
+            tools += await servers.list_tools(Borrower(caller.tenant_id, caller.user_id), name, declared, trial)
         except ServerUnavailable as error:
             failed[name] = error
     if len(failed) + len(faults) > 1 and failed:

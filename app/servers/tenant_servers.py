@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -27,10 +27,12 @@ from app.policies.engine import PinnedTool
 from app.policies.versions import ActivePolicy
 from app.sandbox.contract import SandboxUnavailable
 from app.servers import quarantine, stderr
+from app.servers.entries import ServerKey
 from app.servers.errors import PublishUnderWay, ServerUnavailable
 from app.servers.live import LiveServer
-from app.servers.pool import ServerKey, ServerPool, ServerStatus
+from app.servers.pool import ServerPool, ServerStatus
 from app.servers.starting import Borrower, Starter
+from app.servers.trial import Trial
 
 _log = structlog.get_logger()
 # Servers that are started to list their tools, beside those of the pool: publishing must not flood the machine.
@@ -92,18 +94,20 @@ class TenantServers:
 
         key = _key(borrower, policy.version, server, declared)
         async with self._pool.lend(key, start, wait_s=self._wait_s, generation=borrower.generation) as live:
-            if (tools := await live.listed_anew(max_age_s=_LISTING_HOLDS_S)) is not None:
-                await self._recompare(borrower, policy, live, tools)
+            async with live.comparing:  # who comes meanwhile calls nothing that is not compared
+                await self._recompare(borrower, policy, live)
             yield live
 
-    async def _recompare(
-        self, borrower: Borrower, policy: ActivePolicy, live: LiveServer, tools: Sequence[Tool]
-    ) -> None:
-        """A server that has changed its tools while it ran is not asked again."""
+    async def _recompare(self, borrower: Borrower, policy: ActivePolicy, live: LiveServer) -> None:
+        """A server that has changed its tools while it ran is not asked again; what was not compared, is next time."""
         try:
-            await self._compare(borrower, policy, live.name, tools)
+            if (tools := await live.listed_anew(max_age_s=_LISTING_HOLDS_S)) is not None:
+                await self._compare(borrower, policy, live.name, tools)
         except ServerUnavailable:
             live.retire()
+            raise
+        except BaseException:
+            live.doubt()
             raise
 
     async def _compare(self, borrower: Borrower, policy: ActivePolicy, server: str, tools: Sequence[Tool]) -> None:
@@ -146,15 +150,32 @@ class TenantServers:
         """End the servers that were this run's alone."""
         self._pool.end_run(run_id)
 
-    async def list_tools(self, borrower: Borrower, name: str, declared: DeclaredServer) -> list[PinnedTool]:
-        """The tools of a server that no published policy declares yet: started for that alone, a few at a time."""
+    @contextmanager
+    def trial(self, borrower: Borrower, version: int) -> Iterator[Trial]:
+        """For what is started to list the tools of a version; what it has not handed over ends with the block."""
+        trial = Trial(self._pool, borrower, version)
+        try:
+            yield trial
+        finally:
+            trial.end()
+
+    async def list_tools(
+        self, borrower: Borrower, name: str, declared: DeclaredServer, trial: Trial | None = None
+    ) -> list[PinnedTool]:
+        """The tools of a server that no published policy declares yet: started for that, a few at a time, and kept by
+        `trial` where there is one and it can.
+        """
         await self._starter.make_room(borrower, declared)  # it may take long, and holds up no other tenant
         async with self._places:
             live = await self._starter.start(borrower, name, declared)
+            is_kept = False
             try:
-                return self._pin(borrower.tenant_id, name, live.tools)
+                tools = self._pin(borrower.tenant_id, name, live.tools)
+                is_kept = trial is not None and trial.keep(name, declared, live)
+                return tools
             finally:
-                await live.close()
+                if not is_kept:
+                    await live.close()
 
     @asynccontextmanager
     async def listing(self, tenant_id: UUID) -> AsyncIterator[None]:

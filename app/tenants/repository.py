@@ -47,9 +47,11 @@ async def lock(session: AsyncSession, tenant_id: UUID) -> None:
     await session.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
 
 
-async def bump_generation(session: AsyncSession, tenant_id: UUID) -> None:
-    """Make every cache of this tenant stale once the transaction commits."""
-    await session.execute(update(Tenant).where(Tenant.id == tenant_id).values(generation=Tenant.generation + 1))
+async def bump_generation(session: AsyncSession, tenant_id: UUID) -> int:
+    """Make every cache of this tenant stale once the transaction commits; give the generation that is then."""
+    bumped = update(Tenant).where(Tenant.id == tenant_id).values(generation=Tenant.generation + 1)
+    generation: int = (await session.execute(bumped.returning(Tenant.generation))).scalar_one()
+    return generation
 
 
 async def insert_user(

@@ -19,7 +19,7 @@ import pytest
 
 from app.caller import PLATFORM_TENANT
 from app.servers import tenant_servers
-from app.servers.pool import ServerKey
+from app.servers.entries import ServerKey
 from tests.service import POLICY, Databases, Service, Tenant, running_service
 
 QUERIES, AT_ONCE = 200, 50

@@ -172,7 +172,11 @@ def _list_tools(number: Any, mode: str) -> None:
         "output schema": [_TOOL | {"outputSchema": _TRAP}],
     }.get(mode, [_TOOL, *_GROWN])
     pages = {"nextCursor": "again"} if mode.endswith(" pages") else {}
+    if _GROWN and mode == "grows once listed":
+        time.sleep(1)
     _answer(number, tools=tools, **pages)
+    if mode == "grows once listed":
+        _GROWN.append(_TOOL | {"name": "more"})
 
 
 def _initialize(number: Any, mode: str) -> None:

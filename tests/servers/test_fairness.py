@@ -14,9 +14,10 @@ from mcp.types import TextContent
 
 from app.servers import live as lives
 from app.servers.backoff import FORGIVEN
+from app.servers.entries import ServerKey
 from app.servers.errors import ServerLost, ServerUnavailable
 from app.servers.live import LiveServer
-from app.servers.pool import ServerKey, ServerPool
+from app.servers.pool import ServerPool
 from app.servers.stderr import StderrTail
 from app.telemetry.metrics import CRASH_LOOPS, SERVER_DEATHS
 from tests.servers.plain import launch, plain, processes

@@ -107,7 +107,7 @@ async def test_a_run_that_is_cancelled_ends_its_server_too(isolating: Service, m
 async def test_servers_are_told_to_the_tenants_admin_with_what_they_use(
     isolating: Service, model: ScriptedModel
 ) -> None:
-    tenant, other = await isolating.new_tenant(policy=policy("tenant")), await isolating.new_tenant()
+    tenant, other = await isolating.new_tenant(policy=policy("tenant")), await isolating.new_tenant(policy=None)
     await told(tenant.user, model, "list_directory", path=".")
     (server,) = await servers(tenant)
     assert (server["name"], server["template"], server["state"]) == ("docs", "filesystem", "idle")
@@ -147,6 +147,7 @@ async def test_stderr_is_read_redacted_and_by_nobody_else(isolating: Service, mo
 
 async def test_a_crash_loop_is_on_the_record_and_told_to_the_caller(isolating: Service, model: ScriptedModel) -> None:
     tenant = await isolating.new_tenant(policy=policy("tenant", readonly=True))
+    await isolating.end_servers(tenant)
     starting = isolating.app.state.starter
     real, broken = starting._sandbox, _Broken(starting._sandbox)
     starting._sandbox = broken
@@ -197,6 +198,7 @@ async def test_what_keeps_a_server_from_starting_ends_the_run_as_unavailable(
         raise error
 
     tenant = await isolating.new_tenant(policy=policy("tenant", readonly=True))
+    await isolating.end_servers(tenant)
     monkeypatch.setattr(isolating.app.state.starter, "_sandbox", SimpleNamespace(launch=launch))
     model.calls("docs__list_directory", path=".")
     answer = await tenant.user.ask("Do it.")

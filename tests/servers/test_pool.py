@@ -11,10 +11,11 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.sandbox.choice import ProbedSandbox, choose
+from app.servers.entries import Entry, ServerKey
 from app.servers.errors import ServerUnavailable, ToolTimedOut
 from app.servers.filesystem import template
 from app.servers.live import LiveServer
-from app.servers.pool import ServerKey, ServerPool
+from app.servers.pool import ServerPool
 from app.telemetry.metrics import LIVE_SERVERS, SERVER_STARTS
 from tests.servers.hostile import SCRIPT, Hostile, act, assert_gone, assert_none_but, descendants, kill
 
@@ -250,3 +251,79 @@ async def test_the_gauge_and_the_counter_tell_what_there_is(pool: ServerPool, st
     assert metrics() == (1, 1, 1)
     await pool.close()
     assert metrics() == (0, 1, 1)
+
+
+async def keep(pool: ServerPool, starts: Starts, number: int = 1, *, generation: int = 1) -> Entry:
+    """What somebody else has started, taken over."""
+    entry = pool.keep(key(number), await starts(), generation=generation)
+    assert entry is not None
+    return entry
+
+
+async def test_what_is_kept_is_not_lent_and_ends_for_whoever_waits_for_its_place(
+    pool: ServerPool, starts: Starts
+) -> None:
+    kept = [await keep(pool, starts, number) for number in (1, 2)]
+    third = await starts()
+    assert pool.keep(key(3), third, generation=1) is None, "no place is free"
+    await third.close()
+    other = await use(pool, starts, 1, wait_s=5)
+    assert other not in starts.made[:2]
+    await eventually_gone(starts.made[0])
+    assert starts.made[1].is_healthy
+    pool.lend_kept(kept[0])  # it has ended, which its publisher does not know
+    pool.end_kept(kept[0])
+    assert await use(pool, starts, 1) is other
+
+
+async def test_what_is_kept_ends_with_what_it_was_started_by(pool: ServerPool, starts: Starts) -> None:
+    for generation in (2, None):
+        entry = await keep(pool, starts)
+        pool.end_outdated(TENANT, 1)
+        assert (pool.tenants(), entry.server) == ({TENANT}, starts.made[-1])
+        assert starts.made[-1].is_healthy, "the control: nothing has changed"
+        pool.end_outdated(TENANT, generation)
+        await eventually_gone(starts.made[-1])
+        assert pool.tenants() == set()
+
+
+async def test_what_is_kept_is_lent_in_the_place_of_one_that_nobody_uses(pool: ServerPool, starts: Starts) -> None:
+    before = await use(pool, starts)
+    pool.lend_kept(await keep(pool, starts))
+    now = await use(pool, starts)
+    assert (now, len(starts.made)) == (starts.made[1], 2)
+    await eventually_gone(before)
+    async with pool.lend(key(), starts, wait_s=10) as in_use:
+        entry = await keep(pool, starts)
+        pool.lend_kept(entry)
+        pool.end_kept(entry)
+        await eventually_gone(starts.made[2])
+        assert await use(pool, starts) is in_use
+
+
+async def test_what_has_died_meanwhile_is_neither_lent_nor_counted_as_a_failure(
+    pool: ServerPool, starts: Starts
+) -> None:
+    before = descendants()
+    entry = await keep(pool, starts)
+    kill(descendants() - before)
+    await eventually_gone(starts.made[0])
+    pool.lend_kept(entry)
+    pool.end_kept(entry)
+    assert await use(pool, starts) is starts.made[1]
+    assert pool._backoff.count(key()) == 0
+
+
+async def test_a_pool_that_is_closed_keeps_nothing_and_ends_what_it_has_kept(starts: Starts) -> None:
+    pool = ServerPool(maximum=2, idle_s=1000)
+    gauge, counter = LIVE_SERVERS.labels("filesystem"), SERVER_STARTS.labels("filesystem", "started")
+    before = gauge._value.get(), counter._value.get()
+    pool.lend_kept(await keep(pool, starts))
+    await keep(pool, starts, 2)
+    assert (gauge._value.get(), counter._value.get()) == (before[0] + 2, before[1] + 1), "one is lent"
+    await pool.close()
+    assert not any(live.is_healthy for live in starts.made)
+    assert gauge._value.get() == before[0]
+    late = await starts()
+    assert pool.keep(key(), late, generation=1) is None
+    await late.close()

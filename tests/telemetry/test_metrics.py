@@ -121,9 +121,12 @@ async def test_what_is_no_query_is_not_counted_as_one(service: Service, tenant: 
 
 async def test_live_servers_are_gauged(fresh_service: Service) -> None:
     tenant = await fresh_service.new_tenant(files={"note.md": "hello"})
-    before = (await scrape(fresh_service)).get(("bulkhead_live_servers", "filesystem"), 0)
+    gauge = "bulkhead_live_servers", "filesystem"
+    before = (await scrape(fresh_service))[gauge]  # the publish's
+    await fresh_service.end_servers(tenant)
+    assert (await scrape(fresh_service))[gauge] == before - 1
     await tenant.user.ask("What does note.md say?")
-    assert (await scrape(fresh_service))["bulkhead_live_servers", "filesystem"] == before + 1
+    assert (await scrape(fresh_service))[gauge] == before
 
 
 async def test_no_user_tenant_or_text_is_a_label(service: Service, tenant: Tenant) -> None:

@@ -106,8 +106,9 @@ def children(spans: list[Span], parent: Span) -> list[str]:
 
 
 async def test_a_query_is_one_tree_from_the_request_to_the_server_s_start(
-    tenant: Tenant, model: ScriptedModel, collector: Collector
+    traced: Service, tenant: Tenant, model: ScriptedModel, collector: Collector
 ) -> None:
+    await traced.end_servers(tenant)
     answer = await ask(tenant, model)
     run_id = answer.json()["run_id"]
     spans = await asyncio.to_thread(collector.of_run, run_id)
@@ -141,6 +142,7 @@ async def test_a_server_s_start_that_two_runs_wait_for_belongs_to_neither_and_bo
     traced: Service, model: ScriptedModel, collector: Collector
 ) -> None:
     tenant = await traced.new_tenant(policy=DEFAULT_MODEL_POLICY, files={"note.md": "a note"})
+    await traced.end_servers(tenant)
     model.calls("docs__read_file", times=2, path="note.md")
     answers = await asyncio.gather(*(tenant.user.ask("What does note.md say?") for _ in range(2)))
     trees = [await asyncio.to_thread(collector.of_run, answer.json()["run_id"]) for answer in answers]

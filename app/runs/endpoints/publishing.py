@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 from uuid import UUID
@@ -25,6 +27,9 @@ from app.schemas import Answer, Body, VersionNumber
 from app.scopes import Scope
 from app.servers import publish as publishing
 from app.servers.publish import Prepared
+from app.servers.starting import Borrower
+from app.servers.tenant_servers import TenantServers
+from app.servers.trial import Trial
 from app.tenants import repository as tenants
 
 router = APIRouter(tags=["policies"])
@@ -121,8 +126,9 @@ async def publish_policy(
     """Its servers are started in the sandbox, their tools pinned, and the rules checked against their schemas."""
     async with database.transaction(caller.tenant_id, is_stop=body.revoke_running) as session:
         await once.replay(session, caller.tenant_id)
-    prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running)
-    return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=False)
+    with _trial(request, caller, version) as trial:
+        prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running, trial=trial)
+        return await _hold(database, caller, prepared, Asked(body, once, if_match, is_rollback=False), trial)
 
 
 @router.post(
@@ -142,8 +148,9 @@ async def roll_back_policy(
     async with database.transaction(caller.tenant_id, is_stop=body.revoke_running) as session:
         await once.replay(session, caller.tenant_id)
         version = await versions.held_before(session, body.to)
-    prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running)
-    return await _hold(database, caller, prepared, once=once, if_match=if_match, asked=body, is_rollback=True)
+    with _trial(request, caller, version) as trial:
+        prepared = await _prepare(request, database, caller, version, is_stop=body.revoke_running, trial=trial)
+        return await _hold(database, caller, prepared, Asked(body, once, if_match, is_rollback=True), trial)
 
 
 @router.get("/v1/policies/published", summary="Read which version holds", responses=responses(401, 403, 404))
@@ -158,40 +165,56 @@ async def read_published(
     return tagged(response, HoldingOut.model_validate(found))
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a version shall begin to hold."""
+
+    body: PublishIn
+    once: Once
+    if_match: IfMatch
+    is_rollback: bool
+
+
+def _trial(request: Request, caller: Caller, version: int) -> AbstractContextManager[Trial]:
+    servers: TenantServers = request.app.state.servers
+    return servers.trial(Borrower(caller.tenant_id, caller.user_id, generation=caller.generation), version)
+
+
 async def _prepare(
-    request: Request, database: TheDatabase, caller: Caller, version: int, *, is_stop: bool = False
+    request: Request,
+    database: TheDatabase,
+    caller: Caller,
+    version: int,
+    *,
+    is_stop: bool = False,
+    trial: Trial | None = None,
 ) -> Prepared:
     state = request.app.state
-    return await publishing.prepare(
-        database, state.servers, state.workspaces, state.catalogue, state.caps, caller, version, is_stop=is_stop
-    )
+    parts = state.servers, state.workspaces, state.catalogue, state.caps
+    return await publishing.prepare(database, *parts, caller, version, is_stop=is_stop, trial=trial)
 
 
-async def _hold(
-    database: Database,
-    caller: Caller,
-    prepared: Prepared,
-    *,
-    once: Once,
-    if_match: IfMatch,
-    asked: PublishIn,
-    is_rollback: bool,
-) -> PublishedOut:
+async def _hold(database: Database, caller: Caller, prepared: Prepared, asked: Asked, trial: Trial) -> PublishedOut:
+    revokes = asked.body.revoke_running
+
     async def hold() -> PublishedOut:
-        if asked.revoke_running:  # whoever begins a run has found the version of before, or will find this one
+        if revokes:  # whoever begins a run has found the version of before, or will find this one
             await alone(session, caller.tenant_id, repository.BEGINNING)
         # Servers take long to start: whoever asked must still be allowed to when the version begins to hold.
         await credentials.recheck(session, caller)
-        await _check_pointer(session, caller, if_match)
-        accepts = asked.accept_tool_changes
-        await publishing.hold(session, caller, prepared, accepts_changes=accepts, is_rollback=is_rollback)
+        await _check_pointer(session, caller, asked.if_match)
+        accepts = asked.body.accept_tool_changes
+        rules = {"accepts_changes": accepts, "is_rollback": asked.is_rollback}
+        trial.will_hold(await publishing.hold(session, caller, prepared, **rules))
         revoked = 0
-        if asked.revoke_running:
+        if revokes:
             revoked = await repository.order_cancel(session, caller, StopCause.POLICY_REVOKED)
         return PublishedOut(version=prepared.version, revoked_runs=revoked, warnings=list(prepared.warnings))
 
-    async with database.transaction(caller.tenant_id, is_stop=asked.revoke_running) as session:
-        return await once.make(session, caller.tenant_id, hold, status=200)
+    async with database.transaction(caller.tenant_id, is_stop=revokes) as session:
+        published = await asked.once.make(session, caller.tenant_id, hold, status=200)
+    trial.holds()
+    return published
 
 
 async def _check_pointer(session: AsyncSession, caller: Caller, if_match: IfMatch) -> None:

@@ -14,7 +14,8 @@ from app.caller import Caller
 from app.problems import responses
 from app.schemas import Answer
 from app.scopes import Scope
-from app.servers.pool import ServerKey, ServerStatus
+from app.servers.entries import ServerKey
+from app.servers.pool import ServerStatus
 from app.servers.tenant_servers import TenantServers
 
 router = APIRouter(tags=["servers"])

@@ -112,8 +112,9 @@ async def test_a_strange_answer_is_passed_on_bounded_and_keeps_the_server(
 
 @pytest.mark.parametrize("start", ["crash", "hang", "crash in the list", "endless line", "many tools"])
 async def test_a_server_that_does_not_start_ends_the_run_and_may_start_later(
-    tenant: Tenant, model: ScriptedModel, start: str
+    hostile_service: Service, tenant: Tenant, model: ScriptedModel, start: str
 ) -> None:
+    await hostile_service.end_servers(tenant)
     await tenant.admin.put_file("start.txt", start)
     model.calls("docs__act", what="sing")
     answer = await tenant.user.ask("Do it.")
@@ -160,6 +161,7 @@ async def test_no_resource_and_no_prompt_of_a_server_is_asked_for_or_offered(
 async def test_many_first_queries_start_one_server(
     hostile_service: Service, tenant: Tenant, model: ScriptedModel
 ) -> None:
+    await hostile_service.end_servers(tenant)
     before = (await journal(hostile_service, tenant)).count("initialize")  # publishing has started one
     model.calls("docs__act", what="sing", times=20)
     answers = await asyncio.gather(*(tenant.user.ask("Do it.") for _ in range(20)))
@@ -171,6 +173,7 @@ async def test_one_tenants_hanging_server_holds_up_nobody_elses(
     hostile_service: Service, tenant: Tenant, model: ScriptedModel
 ) -> None:
     other = await hostile_service.new_tenant(policy=DEFAULT_MODEL_POLICY)
+    await hostile_service.end_servers(tenant)
     await tenant.admin.put_file("start.txt", "hang")
     model.calls("docs__act", what="sing")
     stuck = asyncio.create_task(tenant.user.ask("Do it."))
@@ -206,6 +209,7 @@ async def test_nothing_is_left_when_the_service_stops_amid_calls(
 async def test_without_a_sandbox_nothing_starts_and_the_caller_is_told(
     scripted: ScriptedModel, hostile_service: Service, tenant: Tenant, model: ScriptedModel
 ) -> None:
+    await hostile_service.end_servers(tenant)
     starter = hostile_service.app.state.starter
     whole: ProbedSandbox = starter._sandbox
     failed = Probe(ok=False, backend="bubblewrap", reason="/root/secret is open", remedy="chmod /root/secret")
