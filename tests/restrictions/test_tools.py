@@ -97,6 +97,7 @@ async def test_a_server_that_has_changed_its_tools_is_not_asked(
                 off.pins(patch)
             tenant = await tenant_with(ground, "", POLICY)
             await tenant.admin.put_file("start.txt", start)
+            await ground.service.end_servers(tenant)
             played = await ground.model.play(tenant, [SING])
         assert (played.response.status_code == 503) is is_compared
         assert (played.heard == DID) is not is_compared
