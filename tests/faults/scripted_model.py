@@ -111,13 +111,16 @@ class ScriptedModel:
 
     async def serve(self, reading: asyncio.StreamReader, writing: asyncio.StreamWriter) -> None:
         """One connection, until it ends."""
+        came = time.time()  # with its first request; who asks takes a while to find out, and may have gone by then
         pid = await asyncio.to_thread(self._asker, writing.get_extra_info("peername")[1])
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reading.readuntil(b"\r\n\r\n")
                 size = int(re.findall(rb"(?i)content-length: *(\d+)", head)[0])
-                if not await self._complete(json.loads(await reading.readexactly(size)), writing, pid=pid):
+                asked = json.loads(await reading.readexactly(size))
+                if not await self._complete(asked, writing, pid=pid, came=came or time.time()):
                     break
+                came = 0
         writing.close()
 
     def _asker(self, port: int) -> int | None:
@@ -128,9 +131,11 @@ class ScriptedModel:
                     return pid
         return None
 
-    async def _complete(self, asked: Mapping[str, Any], writing: asyncio.StreamWriter, *, pid: int | None) -> bool:
+    async def _complete(
+        self, asked: Mapping[str, Any], writing: asyncio.StreamWriter, *, pid: int | None, came: float
+    ) -> bool:
         nonce, made, message = _script(asked["messages"])
-        turn = Turn(nonce, made, pid, time.time())
+        turn = Turn(nonce, made, pid, came)
         self.turns.append(turn)
         try:
             await self.traps.holding(nonce, Phase.BEFORE_MODEL if made else Phase.CLAIMED)
