@@ -25,12 +25,12 @@ Placement = dict[int, int]  # the cell of each tenant
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured on two cores of an AMD EPYC: by run_cost, isolation_cost and many_tenants."""
+    """Measured on two cores of an AMD EPYC by run_cost and many_tenants, and of an Intel Xeon by isolation_cost."""
 
     query_cpu_s: float = 0.031  # of all processes
     cold_cpu_s: float = 0.015  # what a tenant's first query takes more: its policy is read and compiled, its agent made
-    start_cpu_s: float = 0.62  # of a tool server in its sandbox, nearly all of it the import of the MCP library
-    server_mb: float = 45.0
+    start_cpu_s: float = 0.37  # of a tool server in its sandbox, most of it the import of the MCP library
+    server_mb: float = 41.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from app.policies.servers.filesystem import FilesystemServer
 from app.sandbox import bubblewrap, landlock, runtimes
 from app.sandbox.contract import NOBODY, Launch, Profile, Sandbox
 from app.sandbox.runtimes import Runtime
+from app.servers import lean
 from app.servers.filesystem import template
 from app.servers.live import LiveServer
 from app.servers.stderr import StderrTail
@@ -154,10 +155,11 @@ async def _servers(folder: Path, *, starts: int, calls: int) -> None:
 def _launches(folder: Path) -> dict[str, Callable[[], Launch]]:
     declared = FilesystemServer(template="filesystem", root="docs")
     profile = template.profile(declared, Place(NOBODY, folder=folder / "docs"))
-    for script in (Path(template.__file__).with_name("server.py"), Path(beneath.__file__)):
+    for script in (Path(lean.__file__), Path(template.__file__).with_name("server.py"), Path(beneath.__file__)):
         shutil.copy(script, folder)
-    words = [str(folder / "docs") if word == "/workspace" else word for word in profile.argv[4:]]
-    bare = Launch((sys.executable, "-I", str(folder / "server.py"), *words), {"PATH": os.defpath})
+    inside = {"/workspace": folder / "docs", "/srv/lean.py": folder / "lean.py", "/srv/server.py": folder / "server.py"}
+    words = [str(inside.get(word, word)) for word in profile.argv[1:]]
+    bare = Launch((sys.executable, *words), {**profile.environment, "PATH": os.defpath})
     boxes = {name: partial(sandbox.launch, profile) for name, sandbox in _sandboxes().items()}
     return {BARE: lambda: bare, **boxes}
 

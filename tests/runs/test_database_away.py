@@ -31,7 +31,9 @@ FIRST_S: Final = 2
 _RUNS: Final = ("one", "two")
 _PATIENCE_S: Final = 20
 _WAITING: Final = "select pid from pg_stat_activity where wait_event_type = 'Lock' and usename = :role"
-_CUT: Final = f"select pg_terminate_backend(pid, 5000) from ({_WAITING}) as waiting"
+_CUT: Final = """
+select pg_terminate_backend(pid, 5000) from pg_stat_activity where wait_event_type = 'Lock' and usename = :role
+"""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("hostile_servers")
 async def hostile_service(
     scripted: ScriptedModel, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Service]:
-    settings: dict[str, Any] = {"tool_timeout_s": 0.5, "server_start_timeout_s": 1.5, "model_retries": 0}
+    settings: dict[str, Any] = {"tool_timeout_s": 1.0, "server_start_timeout_s": 5.0, "model_retries": 0}
     folder = tmp_path_factory.mktemp("hostile")
     async with running_service(databases, folder, model=scripted.endpoint, **settings) as service:
         yield service
